@@ -1,0 +1,109 @@
+"""Commands: argv -> config -> action. Prints what runs, and why; turns errors into one line and an exit code."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from fastmim.config import ConfigError, nearest
+
+USAGE = """fastmim COMMAND ...
+
+  train      pre-train an encoder (also: deepspeed | torchrun | python fastmim/train.py)
+  knn        k-NN accuracy of a checkpoint or of an exported encoder
+  demo-data  write the demo data set: labeled, photo-like JPEG files
+  info       versions, devices, kernels, loaders
+
+`fastmim COMMAND --help` lists the options."""
+
+# Exit codes: 0 done, 2 usage, 3 no valid checkpoint, 4 bad data, 5 non-finite, 6 storage, 75 saved on a signal.
+# DataError brings its own: 2 or 4.
+USAGE_ERROR, NO_CHECKPOINT, NON_FINITE, STORAGE_ERROR, SAVED_ON_SIGNAL = 2, 3, 5, 6, 75
+
+
+def run(argv: list[str]) -> int:
+    """Runs one command; returns the exit code."""
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": _train, "knn": _knn, "demo-data": _demo_data, "info": _info,
+    }  # fmt: skip
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    if argv[0] not in commands:
+        return _fail(ConfigError(f"fastmim: expected a command ({', '.join(commands)}), got {argv[0]}"
+                                 f"{nearest(argv[0], list(commands))}"), USAGE_ERROR)  # fmt: skip
+    try:
+        return commands[argv[0]](argv[1:])
+    except ConfigError as e:
+        return _fail(e, USAGE_ERROR)
+    except OSError as e:
+        return _fail(e, STORAGE_ERROR)
+
+
+def _fail(error: Exception, code: int) -> int:
+    # Every rank meets the same mistake; one of them says it.
+    if os.environ.get("RANK", "0") == "0" or code not in (USAGE_ERROR, NO_CHECKPOINT):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Other ranks may wait for this one in a collective: leave without the farewell that would wait, too.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _train(argv: list[str]) -> int:
+    from fastmim.arguments import parse_train
+    from fastmim.checkpoint import CheckpointError
+    from fastmim.session import Session
+    from fastmim.trainer import NonFiniteError
+    from fastmim_pipelines.spec import DataError
+
+    try:
+        session = Session(parse_train(argv))
+        return 0 if session.run() else SAVED_ON_SIGNAL
+    except CheckpointError as e:
+        return _fail(e, NO_CHECKPOINT)
+    except DataError as e:
+        return _fail(e, e.exit_code)
+    except NonFiniteError as e:
+        return _fail(e, NON_FINITE)
+
+
+def _knn(argv: list[str]) -> int:
+    import tyro
+
+    from fastmim.evaluate.command import knn
+
+    tyro.cli(knn, prog="fastmim knn", args=argv)
+    return 0
+
+
+def _demo_data(argv: list[str]) -> int:
+    import tyro
+    from fastmim_pipelines.demo import write_demo
+
+    def demo_data(folder: tyro.conf.Positional[Path], images: int = 3000, val_images: int = 600, seed: int = 0) -> None:
+        """Write the demo data set: JPEG files in train/<class>/ and val/<class>/.
+
+        Args:
+            folder: where to; a finished set of the same parameters is kept.
+            images: training images.
+            val_images: validation images.
+            seed: the same seed gives the same bytes.
+        """
+        try:
+            write_demo(folder, images=images, val_images=val_images, seed=seed, progress=print)
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
+
+    tyro.cli(demo_data, prog="fastmim demo-data", args=argv)
+    return 0
+
+
+def _info(argv: list[str]) -> int:
+    import tyro
+
+    from fastmim.info import info
+
+    tyro.cli(info, prog="fastmim info", args=argv)
+    return 0

@@ -1,0 +1,284 @@
+"""The run's configuration: frozen dataclasses, durations, and every check that needs more than one field.
+
+A method's own options live in its file (`methods/<name>.py`, class `Config`); presets override the fields here.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+ModelName = Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+
+
+class ConfigError(Exception):
+    """A mistake in what the user asked for: printed as one line, exit code 2."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """A length of training: "40ep" (epochs, may be fractional) or "500st" (optimizer steps; a bare integer, too)."""
+
+    amount: float
+    unit: Literal["ep", "st"]
+
+    @classmethod
+    def parse(cls, text: "str | int | Duration", name: str = "duration") -> "Duration":
+        if isinstance(text, Duration):
+            return text
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ep|st)?", str(text).strip())
+        if match is None or ("." in match[1] and match[2] != "ep"):
+            raise ConfigError(f'{name}: expected epochs ("40ep") or steps ("500st" or 500), got {text!r}')
+        return cls(float(match[1]), match[2] or "st")
+
+    def steps(self, steps_per_epoch: int) -> int:
+        return round(self.amount * steps_per_epoch) if self.unit == "ep" else int(self.amount)
+
+    def __str__(self) -> str:
+        return f"{self.amount:g}{self.unit}"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What a method needs to know to build its networks.
+
+    Args:
+        name: size of the encoder.
+        image_size: (height, width) of a view in pixels, each divisible by patch_size.
+        patch_size: side of a square patch in pixels.
+        in_chans: channels of an image.
+        mean, std: per channel, of pixels in [0, 1].
+    """
+
+    name: ModelName
+    image_size: tuple[int, int]
+    patch_size: int
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches per column and per row."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def patch_values(self) -> int:
+        return self.patch_size**2 * self.in_chans
+
+
+class Size(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+
+
+# Sources: DeiT (Ti, S; arXiv 2012.12877 table 1), ViT (B, L, H; arXiv 2010.11929 table 1).
+SIZES: dict[str, Size] = {
+    "vit_tiny": Size(192, 12, 3),
+    "vit_small": Size(384, 12, 6),
+    "vit_base": Size(768, 12, 12),
+    "vit_large": Size(1024, 24, 16),
+    "vit_huge": Size(1280, 32, 16),
+}
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Pre-train an image encoder."""
+
+    method: str = "cmae"
+    """Training method: the name of a module in fastmim/methods."""
+    preset: str = "demo"
+    """Defaults of all other options: `demo` (minutes on a CPU) or `paper` (the published recipe). Default: `paper` with --data, else `demo`."""
+    model: ModelName = "vit_base"
+    """Size of the encoder."""
+    image_size: int | tuple[int, int] = 224
+    """Side of a training view in pixels, or height and width."""
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    in_chans: int = 3
+    """Channels of an image: 1 (gray), 3 (RGB), 4 (RGBA), any number from .npy files."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel, of pixels in [0, 1]. Default: ImageNet's for 3 channels, else 0.5."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel. Default: ImageNet's for 3 channels, else 0.25."""
+    data: Path | None = None
+    """Folder of training images (any depth; class folders are used for k-NN only), or one with train/ and val/ inside."""
+    val_data: Path | None = None
+    """Folder of validation images, one folder per class: k-NN accuracy is measured on it."""
+    loader: str = "auto"
+    """auto, folder, or synthetic (random images, for timing)."""
+    workers: int | None = None
+    """Decoding processes per rank. Default: from the cores at hand."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An unreadable image stops the run, or is replaced by another one and counted."""
+    batch_size: int = 256
+    """Images per optimizer step, over all processes and accumulated micro-batches."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+    epochs: float | None = None
+    """Length of the run in passes over the data (or give --steps)."""
+    steps: int | None = None
+    """Length of the run in optimizer steps (or give --epochs)."""
+    lr: float | None = None
+    """Peak learning rate at this batch size. Default: base_lr x batch_size / 256."""
+    base_lr: float = 1.5e-4
+    """Peak learning rate per 256 images."""
+    weight_decay: float = 0.05
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    warmup: str = "0st"
+    """Linear warm-up, as "40ep" or "500st"."""
+    warmup_start: float = 0.0
+    """Learning rate of the first step as a fraction of the peak."""
+    clip: float | None = None
+    """Largest norm of the gradient; none: no clipping."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of matrix products; parameters stay fp32. auto: bf16 where the device has it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train."""
+    engine: Literal["auto", "single", "ddp", "zero"] = "auto"
+    """How processes share the work."""
+    zero: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO stage; implies --engine zero."""
+    seed: int = 0
+    """Of everything random: initial weights, order, crops, masks."""
+    out: Path | None = None
+    """Run directory. Default: runs/<method>-<time>."""
+    resume: str | None = None
+    """Continue the run in --out from its newest valid checkpoint, or from the given step; `auto` starts anew if there is none."""
+    save_every: str = "1ep"
+    """Checkpoint interval, as "1ep" or "500st"."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    log_every: int = 10
+    """Steps between lines of metrics."""
+    knn_every: str | None = None
+    """Interval of k-NN evaluation besides the start and the end."""
+    reconstruct_every: str | None = None
+    """Interval of reconstruction pictures besides the end."""
+    tracker: Literal["tensorboard", "wandb"] | None = None
+    """Also send the metrics to TensorBoard or Weights & Biases; metrics.jsonl is always written."""
+    dry_run: bool = False
+    """Check everything, print the plan and the size of the model, and stop."""
+    options: Annotated[Any, tyro.conf.Suppress] = None
+    """The method's own options (its `Config`)."""
+
+    def model_spec(self) -> ModelSpec:
+        size = self.image_size if isinstance(self.image_size, tuple) else (self.image_size, self.image_size)
+        imagenet = self.in_chans == 3
+        mean = self.mean or (IMAGENET_MEAN if imagenet else (0.5,) * self.in_chans)
+        std = self.std or (IMAGENET_STD if imagenet else (0.25,) * self.in_chans)
+        return ModelSpec(self.model, size, self.patch_size, self.in_chans, tuple(mean), tuple(std))
+
+    @property
+    def peak_lr(self) -> float:
+        return self.lr if self.lr is not None else self.base_lr * self.batch_size / 256
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        if self.steps is not None:
+            return self.steps
+        return Duration(self.epochs, "ep").steps(steps_per_epoch)
+
+    def check(self, world: int = 1) -> None:
+        """Raises ConfigError with one line for the first contradiction; touches no device and no data."""
+        spec = self.model_spec()
+        for side, name in zip(spec.image_size, ("height", "width")):
+            if side < self.patch_size or side % self.patch_size:
+                low = max(self.patch_size, side // self.patch_size * self.patch_size)
+                raise ConfigError(
+                    f"--image-size: expected a {name} divisible by the patch size {self.patch_size}, got {side}; "
+                    f"take {low} or {low + self.patch_size}, or another --patch-size"
+                )
+        for name, values in (("mean", spec.mean), ("std", spec.std)):
+            if len(values) != self.in_chans:
+                raise ConfigError(f"--{name}: expected {self.in_chans} values (--in-chans), got {len(values)}")
+        if min(spec.std) <= 0:
+            raise ConfigError(f"--std: expected positive values, got {spec.std}")
+        if self.epochs is not None and self.steps is not None:
+            raise ConfigError("--epochs and --steps: expected one of them, got both")
+        if self.epochs is None and self.steps is None:
+            raise ConfigError("--epochs or --steps: expected one of them, got none")
+        for name in ("batch_size", "accumulate", "log_every", "keep", "patch_size", "in_chans", "steps", "epochs"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
+        parts = world * self.accumulate
+        if self.batch_size % parts:
+            low = max(parts, self.batch_size // parts * parts)
+            raise ConfigError(
+                f"--batch-size: expected a multiple of processes x --accumulate = {world} x {self.accumulate}, "
+                f"got {self.batch_size}; take {low} or {low + parts}"
+            )
+        if self.zero is not None and self.engine not in ("auto", "zero"):
+            raise ConfigError(f"--zero {self.zero}: expected --engine zero or auto, got {self.engine}")
+        if self.engine == "single" and world > 1:
+            raise ConfigError(f"--engine single: expected 1 process, got {world}; use ddp or zero")
+        for name in ("warmup", "save_every", "knn_every", "reconstruct_every"):
+            value = getattr(self, name)
+            if value is not None:
+                Duration.parse(value, f"--{name.replace('_', '-')}")
+        if self.resume not in (None, "latest", "auto") and not self.resume.isdigit():
+            raise ConfigError(f"--resume: expected nothing, a step number or auto, got {self.resume!r}")
+
+
+def count_kept(total: int, mask_ratio: float, name: str = "mask_ratio") -> int:
+    """Number of units that stay visible: floor(total x (1 - mask_ratio)), in exact arithmetic.
+
+    Source: facebookresearch/mae `int(L * (1 - mask_ratio))`, whose floating-point error drops a patch for some
+    ratios (10 patches at 0.9 give 0); the ratio is taken as the decimal number that the user wrote.
+
+    Raises:
+        ConfigError: if the ratio is outside [0, 1) or keeps nothing.
+    """
+    if not 0 <= mask_ratio < 1:
+        raise ConfigError(f"{name}: expected 0 <= ratio < 1, got {mask_ratio}")
+    kept = math.floor(total * (1 - Fraction(str(mask_ratio))))
+    if kept == 0:
+        raise ConfigError(
+            f"{name}: expected at least 1 of {total} units to stay visible, got ratio {mask_ratio}, which keeps 0; "
+            f"take at most {math.floor((1 - Fraction(1, total)) * 1000) / 1000:g}"
+        )
+    return kept
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """ "; did you mean X?" or "" for an unknown word."""
+    match = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def to_plain(config: Any) -> Any:
+    """Dataclasses, paths and tuples -> what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(config):
+        return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    if isinstance(config, Path):
+        return str(config)
+    if isinstance(config, (tuple, list)):
+        return [to_plain(item) for item in config]
+    return config
+
+
+def from_plain(cls: type, plain: dict[str, Any]) -> Any:
+    """The inverse of `to_plain` for one dataclass; fields that are missing keep their defaults."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        if field.name in plain:
+            value = plain[field.name]
+            if dataclasses.is_dataclass(field.type):
+                value = from_plain(field.type, value)
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)

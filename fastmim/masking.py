@@ -1,0 +1,39 @@
+"""Masking policies: which patches of which image stay visible, as functions of (seed, step, sample id)."""
+
+from fastmim_kernels import MaskIds, cell_masking, random_masking
+from torch import Tensor
+
+from fastmim.config import ConfigError, ModelSpec, count_kept
+
+MaskPlan = MaskIds
+
+
+class RandomPolicy:
+    """Uniformly random patches, an exact number per image. Source: MAE, arXiv 2111.06377 section 3."""
+
+    def __init__(self, model: ModelSpec, mask_ratio: float):
+        self.num_patches = model.num_patches
+        self.num_keep = count_kept(model.num_patches, mask_ratio, "mask ratio")
+
+    def __call__(self, rng: Tensor, ids: Tensor) -> MaskPlan:
+        return random_masking(rng, ids, self.num_patches, self.num_keep)
+
+
+class CellPolicy:
+    """Random cells of `cell` x `cell` patches, an exact number per image.
+
+    Source: ZhichengHuang/CMAE backbones/cmae_vit.py `random_masking`: 17 of 49 cells of 2 x 2 patches stay visible at ratio 0.65.
+    """
+
+    def __init__(self, model: ModelSpec, mask_ratio: float, cell: int):
+        height, width = model.grid
+        if cell < 1 or height % cell or width % cell:
+            raise ConfigError(
+                f"mask cell: expected a divisor of the patch grid {height} x {width}, got {cell}; "
+                f"set the method's mask_cell to 1 or choose another --image-size"
+            )
+        self.grid, self.cell = model.grid, cell
+        self.num_keep = count_kept((height // cell) * (width // cell), mask_ratio, "mask ratio")
+
+    def __call__(self, rng: Tensor, ids: Tensor) -> MaskPlan:
+        return cell_masking(rng, ids, self.grid, self.cell, self.num_keep)

@@ -1,0 +1,1 @@
+"""Training methods: one module each; `base.find` discovers them by name."""

@@ -1,0 +1,111 @@
+"""What a training method is, and how one is found by name.
+
+A method is one file in this folder that defines `METHOD` (a `Method`), `Config` (its options, a frozen dataclass) and
+`PRESETS` (at least `demo` and `paper`). Nothing else has to be edited to add one.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from fastmim_pipelines.spec import Batch, CropSpec
+from torch import Tensor, nn
+
+from fastmim.config import ConfigError, ModelSpec, nearest
+from fastmim.ema import EmaPair
+from fastmim.targets import Reconstruction
+from fastmim.vit import Encoder
+
+
+class StepOutput(NamedTuple):
+    """Result of one forward pass over a micro-batch."""
+
+    loss: Tensor
+    """Scalar; the mean over the micro-batch."""
+    parts: dict[str, Tensor]
+    """Detached terms of the loss, as they enter the sum; logged as loss/<name>."""
+    measures: dict[str, Tensor] = {}  # noqa: RUF012 - never written to
+    """Other detached scalars worth a curve."""
+
+
+class Preset(NamedTuple):
+    """Defaults of one recipe.
+
+    Args:
+        train: fields of TrainConfig.
+        options: the method's Config.
+        models: fields of TrainConfig that depend on --model.
+    """
+
+    train: dict[str, Any]
+    options: Any
+    models: dict[str, dict[str, Any]] = {}  # noqa: RUF012 - never written to
+
+
+class Method(nn.Module):
+    """A self-supervised training method.
+
+    `forward` is the only way into training and has no side effects: no EMA, no counters, no reading of the device.
+    """
+
+    Config: ClassVar[type]
+    crops: tuple[CropSpec, ...]
+    encoder: Encoder
+
+    def __init__(self, model: ModelSpec):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, rng: Tensor) -> StepOutput:
+        """One training pass.
+
+        Args:
+            batch: uint8 master crops (B, C, S, S), one per entry of `crops`, and (B,) global sample ids.
+            rng: (2,) int64 on the device: seed and step. Everything random is a function of it and of the ids.
+        """
+        raise TypeError(f"{type(self).__name__}.forward: expected the method to define it; see methods/base.py")
+
+    def ema_pairs(self) -> list[EmaPair]:
+        """Target parameters that follow online ones after each applied step."""
+        return []
+
+    def momentum(self, progress: float) -> float:
+        """EMA factor at `progress` in [0, 1] of the run."""
+        return 1.0
+
+    def no_decay(self, name: str, parameter: Tensor) -> bool:
+        """Whether weight decay spares a parameter. Default: vectors and biases, timm's rule."""
+        return parameter.ndim <= 1
+
+    def reconstruct(self, batch: Batch, rng: Tensor) -> Reconstruction | None:
+        """Pictures of the view, of what the encoder sees, and of the reconstruction; None if there are none."""
+        return None
+
+    def export(self) -> dict[str, Tensor]:
+        """Weights of the encoder alone."""
+        return {name: tensor.detach() for name, tensor in self.encoder.state_dict().items()}
+
+
+def available() -> list[str]:
+    """Names of all methods: the modules of this folder."""
+    folder = importlib.import_module("fastmim.methods")
+    return sorted(m.name for m in pkgutil.iter_modules(folder.__path__) if m.name != "base")
+
+
+def find(name: str) -> ModuleType:
+    """The module of a method.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if name not in available():
+        raise ConfigError(f"--method: expected one of {', '.join(available())}, got {name}{nearest(name, available())}")
+    return importlib.import_module(f"fastmim.methods.{name}")
+
+
+def build(name: str, model: ModelSpec, options: Any, seed: int) -> Method:
+    """A method with its initial weights, which depend on nothing but the seed."""
+    torch.manual_seed(seed)
+    return find(name).METHOD(model, options)

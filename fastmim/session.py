@@ -1,0 +1,239 @@
+"""A training run put together: checks first, then data, processes, engine, loader; then the trainer."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from fastmim_kernels import chosen
+from fastmim_pipelines import make_loader
+from fastmim_pipelines.demo import write_demo
+from fastmim_pipelines.evaluation import EvalReader
+from fastmim_pipelines.index import FolderIndex
+from fastmim_pipelines.spec import Batch
+
+from fastmim import dist
+from fastmim.config import ConfigError, TrainConfig, to_plain
+from fastmim.device import default_precision, memory_bytes, pick_device
+from fastmim.engine import base as engines
+from fastmim.evaluate.knn import measure, raw_pixels
+from fastmim.export import write_encoder
+from fastmim.methods import base as methods
+from fastmim.metrics import Display, open_tracker
+from fastmim.pictures import write_pictures
+from fastmim.run_directory import RunDirectory, default_out
+from fastmim.trainer import Periodic, Trainer
+
+DEMO_DATA = Path("data/demo")
+# During training, k-NN uses at most so many training images: 50 per class of ImageNet.
+KNN_LIMIT = 50_000
+PICTURES = 8
+
+
+class Session:
+    """Checks a configuration and makes everything that a run needs.
+
+    Raises:
+        ConfigError: before any device or process group is touched.
+    """
+
+    def __init__(self, config: TrainConfig):
+        world = dist.launched_world()
+        config.check(world)
+        self.model = config.model_spec()
+        self.device = pick_device(config.device)
+        precision, reason = default_precision(self.device)
+        if config.precision == "auto":
+            config = dataclasses.replace(config, precision=precision)
+        else:
+            reason = f"--precision {config.precision} was given"
+        with torch.device("meta"):
+            plan = methods.build(config.method, self.model, config.options, config.seed)
+        trained = sum(p.numel() for p in plan.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in plan.parameters()) - trained
+        engine, stage, why = engines.choose(config.engine, config.zero, world, trained, memory_bytes(self.device))
+        self.engine_name, self.stage = engine, stage
+        config = self._with_data(config)
+        self.crops = plan.crops
+        self.train_index = FolderIndex(config.data) if config.data else None
+        classes = self.train_index.classes if self.train_index else None
+        self.val_index = FolderIndex(config.val_data, classes=classes or None) if config.val_data else None
+        self.config = config
+        self.say(f"method    {config.method}, preset {config.preset}, {config.model}/{config.patch_size} at "
+                 f"{self.model.image_size[0]} x {self.model.image_size[1]}: {trained / 1e6:.1f} M parameters to train"
+                 f"{f', {frozen / 1e6:.1f} M that follow' if frozen else ''}")  # fmt: skip
+        self.say(f"engine    {engine}{f', ZeRO stage {stage}' if engine == 'zero' else ''}: {why}")
+        self.say(f"device    {self.device.type} x {world}, {config.precision}: {reason}")
+        kernels = sorted(set(chosen(self.device.type).values()))
+        self.say(f"kernels   {', '.join(kernels)} on {self.device.type} (`fastmim info` tells why)")
+        self.say(f"lr        {config.peak_lr:.3g} at batch {config.batch_size}")
+
+    def say(self, text: str) -> None:
+        if dist.launched_rank() == 0:
+            print(text, flush=True)
+
+    def _with_data(self, config: TrainConfig) -> TrainConfig:
+        """Finds the folders: DIR/train and DIR/val, or the demo data, which is made if need be."""
+        if config.loader == "synthetic":
+            return config
+        if config.data is None:
+            if config.preset != "demo":
+                raise ConfigError("--data: expected a folder of images, got none; or use --preset demo")
+            if dist.launched_rank() == 0 and not config.dry_run:
+                write_demo(DEMO_DATA, progress=print)
+            config = dataclasses.replace(config, data=DEMO_DATA)
+            if config.dry_run and not DEMO_DATA.exists():
+                raise ConfigError(f"--data: {DEMO_DATA} does not exist yet; run `fastmim demo-data {DEMO_DATA}`")
+            _wait_for(DEMO_DATA / "demo.json")
+        data, val = config.data, config.val_data
+        if (data / "train").is_dir():
+            if val is None and (data / "val").is_dir():
+                val = data / "val"
+            data = data / "train"
+        return dataclasses.replace(config, data=data, val_data=val)
+
+    # -- the run -------------------------------------------------------------------------------------------------
+
+    def run(self) -> bool:
+        """Trains. Returns False if a signal ended it early, with a checkpoint saved."""
+        config = self.config
+        loader, reason = self._loader()
+        self.say(f"loader    {reason}")
+        if config.dry_run:
+            self._print_plan(loader.steps_per_epoch)
+            loader.close()
+            return True
+        out = config.out or default_out(config.method)
+        directory = RunDirectory(out, resuming=config.resume is not None) if dist.launched_rank() == 0 else None
+        if self.engine_name != "single":
+            dist.start(self.device)
+        self.method = methods.build(config.method, self.model, config.options, config.seed)
+        self.engine = engines.build(self.engine_name, self.method, self._engine_spec())
+        total = config.total_steps(loader.steps_per_epoch)
+        display = Display(total, enabled=dist.is_main())
+        trainer = Trainer(config, self.method, self.engine, loader, out, display)
+        try:
+            if config.resume is not None:
+                trainer.resume(config.resume)
+            if directory is not None:
+                directory.write_config(config)
+                trainer.track = open_tracker(config.tracker, out)
+            display.say(f"run       {out}: {total} steps, {loader.steps_per_epoch} per epoch")
+            finished = trainer.fit(self._periodics(trainer, out, display))
+            if finished:
+                self._finish(out, display, loader)
+            return finished
+        finally:
+            display.close()
+            loader.close()
+            if directory is not None:
+                directory.close()
+            if dist.world_size() == 1:
+                dist.finish()
+
+    def _loader(self):
+        config = self.config
+        try:
+            options: dict[str, Any] = dict(
+                batch_size=config.batch_size, rank=dist.launched_rank(), world=dist.launched_world(), seed=config.seed,
+                in_chans=config.in_chans,
+            )  # fmt: skip
+            if config.loader != "synthetic":
+                pin = self.device.type == "cuda"
+                options |= dict(workers=config.workers, on_bad_image=config.on_bad_image, pin_memory=pin)
+            return make_loader(config.loader, self.crops, data=self.train_index, **options)
+        except (ValueError, ModuleNotFoundError) as e:
+            raise ConfigError(str(e)) from e
+
+    def _engine_spec(self) -> engines.EngineSpec:
+        c = self.config
+        micro_batch = c.batch_size // c.accumulate // dist.launched_world()
+        return engines.EngineSpec(
+            device=self.device, precision=c.precision, accumulate=c.accumulate, micro_batch=micro_batch, lr=c.peak_lr,
+            weight_decay=c.weight_decay, betas=c.betas, clip=c.clip, zero_stage=self.stage,
+        )  # fmt: skip
+
+    def _print_plan(self, steps_per_epoch: int) -> None:
+        total = self.config.total_steps(steps_per_epoch)
+        self.say(f"plan      {total} steps, {steps_per_epoch} per epoch, {total * self.config.batch_size} images")
+        for name, value in to_plain(self.config).items():
+            self.say(f"  {name}: {value}")
+
+    # -- what happens beside training ----------------------------------------------------------------------------
+
+    def _periodics(self, trainer: Trainer, out: Path, display: Display) -> list[Periodic]:
+        periodics = [
+            Periodic(lambda step: self._pictures(out, step), trainer.steps_of(self.config.reconstruct_every), False)
+        ]
+        why_not = self._why_no_knn()
+        if why_not:
+            display.say(f"k-NN      not measured: {why_not}")
+        else:
+            every = trainer.steps_of(self.config.knn_every)
+            periodics.append(Periodic(lambda step: self._knn(step, display), every, True))
+        return periodics
+
+    def _why_no_knn(self) -> str | None:
+        if self.train_index is None or self.val_index is None:
+            return "it needs --val-data"
+        if self.train_index.labels is None or self.val_index.labels is None:
+            return "it needs class folders in --data and --val-data"
+        return None
+
+    def _knn(self, step: int, display: Display) -> dict[str, float]:
+        with self.engine.whole():
+            accuracy = self._accuracy(self._features)
+        result = {"knn_top1": accuracy}
+        if step == 0:
+            result["knn_top1_raw_pixels"] = self._accuracy(raw_pixels)
+        text = f"k-NN      step {step}: {100 * accuracy:.1f} % of the validation images right"
+        display.say(text + (f" (raw pixels: {100 * result['knn_top1_raw_pixels']:.1f} %)" if step == 0 else ""))
+        return result
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
+        with self.engine.autocast():
+            return self.method.encoder.features(images)
+
+    def _accuracy(self, features) -> float:
+        return measure(
+            features, self.train_index, self.val_index, self.model, self.device, workers=self.config.workers,
+            limit=KNN_LIMIT,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _pictures(self, out: Path, step: int) -> dict[str, float]:
+        if self.val_index is None and self.train_index is None:
+            return {}
+        batch = self._picture_batch()
+        rng = torch.tensor([self.config.seed, 0], device=self.device)
+        with self.engine.whole(), self.engine.autocast():
+            pictures = self.method.reconstruct(batch, rng)
+        if pictures is not None and dist.is_main():
+            write_pictures(pictures, out / "reconstructions" / f"step-{step:07d}.png")
+        return {}
+
+    def _picture_batch(self) -> Batch:
+        """The same few images every time, on every rank."""
+        index = self.val_index or self.train_index
+        reader = EvalReader(
+            index, self.crops[0].size, batch_size=PICTURES, in_chans=self.config.in_chans, workers=0, limit=PICTURES
+        )
+        images, _, ids = next(iter(reader))
+        images = images.to(self.device)
+        return Batch((images,) * len(self.crops), ids.to(self.device))
+
+    def _finish(self, out: Path, display: Display, loader) -> None:
+        with self.engine.whole():
+            if dist.is_main():
+                write_encoder(self.method.encoder, self.config.method, out / "encoder.safetensors")
+        bad = getattr(loader, "bad_images", [])
+        if bad:
+            display.say(f"data      {len(bad)} unreadable images were replaced; the first: {bad[0][0]}: {bad[0][1]}")
+        display.say(f"done      {out}: encoder.safetensors, metrics.jsonl, checkpoints/, reconstructions/")
+
+
+def _wait_for(path: Path) -> None:
+    """Ranks beside the one that writes the demo data wait for its last file."""
+    while not path.exists():
+        time.sleep(0.5)

@@ -1,0 +1,190 @@
+"""Vision transformer parts: position table, attention, blocks, encoder, light decoder.
+
+They know nothing of masking policy: who is visible arrives as patch indices.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from fastmim_kernels import gather_tokens, patchify_gather, restore_tokens
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastmim.config import SIZES, ModelSpec
+
+NORM_EPS = 1e-6
+
+
+def sincos_position(width: int, grid: tuple[int, int], first: str = "column") -> Tensor:
+    """Fixed 2-D sine-cosine position table with a zero row for the class token.
+
+    Args:
+        width: channels, a multiple of 4.
+        grid: patches per column and per row.
+        first: coordinate that the first half of the channels encodes: "column" (MAE) or "row" (MoCo v3, CMAE).
+
+    Returns:
+        (1 + grid[0] * grid[1], width) float32; each half is [sin(c w_i), cos(c w_i)], w_i = 10000^(-i / (width / 4)).
+
+    Source: facebookresearch/mae util/pos_embed.py (layout); arXiv 1706.03762 section 3.5 (frequencies).
+    """
+    if width % 4:
+        raise ValueError(f"width: expected a multiple of 4, got {width}")
+    quarter = width // 4
+    frequency = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
+    row, column = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    order = (column, row) if first == "column" else (row, column)
+    angles = [coordinate.reshape(-1, 1).double() * frequency for coordinate in order]
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([table.new_zeros(1, width), table]).float()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v over (B, heads, N, d).
+
+    On CPUs, training in bf16 writes the product out: torch's flash kernel for CPUs is 2-6x slower there in the
+    backward pass at these lengths (16 x 12 heads, N=50, d=64: 35 ms against 5.6 ms, forward and backward).
+    """
+    low_precision = q.dtype != torch.float32 or torch.is_autocast_enabled(q.device.type)
+    if q.device.type == "cpu" and low_precision and torch.is_grad_enabled():
+        scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
+        return scores.softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        return self.proj(attention(q, k, v).transpose(1, 2).reshape(batch, length, width))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with an MLP of ratio 4 and exact GELU."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.fc1 = nn.Linear(width, 4 * width)
+        self.fc2 = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class Encoder(nn.Module):
+    """ViT encoder that is given the patches it shall see.
+
+    Args:
+        model: sizes.
+        final_norm: LayerNorm after the last block.
+        position: see `sincos_position`.
+    """
+
+    def __init__(self, model: ModelSpec, *, final_norm: bool = True, position: str = "column"):
+        super().__init__()
+        width, depth, heads = SIZES[model.name]
+        self.model, self.width, self.position_order = model, width, position
+        self.patch_embed = nn.Linear(model.patch_values, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.register_buffer("position", sincos_position(width, model.grid, position), persistent=False)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm else nn.Identity()
+        initialize(self)
+
+    def forward(self, patches: Tensor, ids: Tensor | None = None) -> Tensor:
+        """(B, K, V) patches, (B, K) their indices in the grid (None: all, in raster order) -> (B, 1 + K, D)."""
+        position = self.position[1:] if ids is None else self.position[1:][ids]
+        x = self.patch_embed(patches) + position
+        cls = (self.cls_token + self.position[0]).expand(len(x), 1, -1)
+        x = torch.cat([cls.to(x.dtype), x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def features(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 images of the model's size -> (B, D): mean over the patch tokens of the whole image."""
+        m = self.model
+        return self(patchify_gather(images, None, m.patch_size, mean=m.mean, std=m.std))[:, 1:].mean(1)
+
+
+class DecoderSpec(NamedTuple):
+    """Source of the default: MAE (arXiv 2111.06377 section 3): 512 wide, 8 blocks, 16 heads."""
+
+    width: int = 512
+    depth: int = 8
+    heads: int = 16
+
+
+class Decoder(nn.Module):
+    """Light ViT decoder: visible tokens + mask tokens -> a vector per patch.
+
+    Args:
+        model: sizes of the encoder before it.
+        spec: own sizes.
+        out_values: length of the predicted vectors.
+        position: see `sincos_position`.
+        pool: predict one vector per image, from the mean over all patch tokens. The mean is taken before the last
+            linear map, with which it commutes: the same result for 1 / L of the work.
+    """
+
+    def __init__(self, model: ModelSpec, spec: DecoderSpec, out_values: int, *, position="column", pool=False):
+        super().__init__()
+        self.pool = pool
+        self.embed = nn.Linear(SIZES[model.name].width, spec.width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, spec.width))
+        self.register_buffer("position", sincos_position(spec.width, model.grid, position), persistent=False)
+        self.blocks = nn.ModuleList(Block(spec.width, spec.heads) for _ in range(spec.depth))
+        self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
+        self.pred = nn.Linear(spec.width, out_values)
+        initialize(self)
+
+    def forward(self, latent: Tensor, ids_restore: Tensor, ids_out: Tensor | None = None) -> Tensor:
+        """Decodes.
+
+        Args:
+            latent: (B, 1 + K, D) encoder output, class token first.
+            ids_restore: (B, L) inverse of (ids_keep, ids_masked).
+            ids_out: (B, M) patches to predict; None: all L.
+
+        Returns:
+            (B, M, out_values), or (B, out_values) if pooled.
+        """
+        x = restore_tokens(self.embed(latent), self.mask_token.flatten(), self.position, ids_restore, num_prefix=1)
+        for block in self.blocks:
+            x = block(x)
+        x = x[:, 1:]
+        if self.pool:
+            return self.pred(self.norm(x).mean(1))
+        return self.pred(self.norm(x if ids_out is None else gather_tokens(x, ids_out)))
+
+
+def initialize(module: nn.Module) -> None:
+    """Initial weights of encoders and decoders.
+
+    Linear: Xavier uniform (fused qkv as one matrix), bias 0; LayerNorm 1, 0; tokens N(0, 0.02^2); the patch
+    embedding's bias keeps the default of the convolution that it stands for.
+
+    Source: facebookresearch/mae models_mae.py `initialize_weights`.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if name == "patch_embed":
+                bound = 1 / math.sqrt(part.in_features)
+                nn.init.uniform_(part.bias, -bound, bound)
+            else:
+                nn.init.zeros_(part.bias)
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.endswith("_token"):
+            nn.init.normal_(parameter, std=0.02)
