@@ -1,7 +1,9 @@
 """Several processes with a copy of the model each: torch's DistributedDataParallel."""
 
+import warnings
 from contextlib import nullcontext
 
+import torch
 from fastmim_pipelines.spec import Batch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -11,16 +13,25 @@ from fastmim.engine.base import EngineSpec, StepInfo
 from fastmim.engine.single import SingleEngine
 
 
+def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    """The module in DDP. There are no buffers to synchronize: all of ours are constants."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 renames broadcast_buffers, 2.11 lacks the new name
+        return DistributedDataParallel(
+            module,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+
 class DdpEngine(SingleEngine):
     """SingleEngine whose last micro-batch of a step averages the gradients over the ranks."""
 
     def __init__(self, method: nn.Module, spec: EngineSpec):
         start(spec.device)
         super().__init__(method, spec)
-        ids = [spec.device.index] if spec.device.type == "cuda" else None
-        self.parallel = DistributedDataParallel(
-            self.precise, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        self.parallel = data_parallel(self.precise, spec.device)
         self.micro_steps = 0
 
     def _synchronized(self):

@@ -16,12 +16,12 @@ from fastmim_kernels import ema_update
 from fastmim_pipelines.spec import Batch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastmim.config import ConfigError
 from fastmim.dist import is_main, rank, start, world_size
 from fastmim.ema import EmaPair
 from fastmim.engine.base import EngineSpec, Precise, StepInfo
+from fastmim.engine.ddp import data_parallel
 from fastmim.engine.single import MODEL_FILE, MOMENTS, OPTIMIZER_FILE
 from fastmim.optim import adamw, clip_gradients
 
@@ -84,8 +84,7 @@ class ZeroEngine:
         self.has_ddp = self.stage == 0 and self.world > 1
         model = self.precise
         if self.has_ddp:
-            ids = [spec.device.index] if spec.device.type == "cuda" else None
-            model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+            model = data_parallel(model, self.device)
         self.model = model
         self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(spec)
@@ -138,15 +137,22 @@ class ZeroEngine:
     def ema(self, pairs: list[EmaPair], momentum: float) -> None:
         if not pairs:
             return
+        kept = torch.where(self.applied, momentum, 1.0)
         targets, online = [p.target for p in pairs], [p.online for p in pairs]
-        if self.stage == 3:
-            # `.data` of a partitioned parameter is a placeholder. Online and target tensors have equal shapes,
-            # hence equal partitions: each rank averages its own.
-            from deepspeed.utils import safe_get_local_fp32_param
+        if self.stage < 3:
+            ema_update(targets, online, kept)
+            return
+        # `.data` of a partitioned parameter is a placeholder. Online and target tensors have equal shapes, hence
+        # equal partitions: each rank averages its own.
+        from deepspeed.utils import safe_get_local_fp32_param
 
-            online = [safe_get_local_fp32_param(p).flatten() for p in online]
-            targets = [t.ds_tensor.data.flatten()[: o.numel()] for t, o in zip(targets, online)]
-        ema_update(targets, online, torch.where(self.applied, momentum, 1.0))
+        shards = [safe_get_local_fp32_param(p).flatten() for p in online]
+        ema_update([t.ds_tensor.data.flatten()[: s.numel()] for t, s in zip(targets, shards)], shards, kept)
+        # DeepSpeed keeps small parameters gathered between steps: these copies would lag one step behind.
+        gathered = [t for t in targets if t.ds_persist]
+        if gathered:
+            gathered[0].partition(gathered, has_been_updated=False)
+            gathered[0].all_gather(gathered)
 
     def whole(self):
         if self.stage < 3:
