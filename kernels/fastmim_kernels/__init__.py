@@ -1,0 +1,37 @@
+"""Kernels for masked image modeling, usable without the rest of fastmim: only torch and the stdlib are imported.
+
+One folder per op: ``__init__.py`` the public function (argument checks, dispatch), ``reference.py`` plain torch and the
+truth, ``spec.py`` the cases that one test and one benchmark run; ``kernel.py`` (Triton) and ``native.py`` (C++) where
+an op has them. A folder is named by a noun, never like the function in it: ``fastmim_kernels.gather_tokens`` is the
+function.
+"""
+
+from .dispatch import backends, chosen
+from .ema import ema_update
+from .gather import gather_tokens
+from .infonce import contrastive_loss
+from .masks import MaskIds, cell_masking, random_masking
+from .patches import patchify_gather
+from .philox import Stream, random_words, uniform
+from .pixel_loss import masked_pixel_loss
+from .restore import restore_tokens
+from .views import ColorJitter, shift_flip_jitter
+
+__all__ = [
+    "ColorJitter",
+    "MaskIds",
+    "Stream",
+    "backends",
+    "cell_masking",
+    "chosen",
+    "contrastive_loss",
+    "ema_update",
+    "gather_tokens",
+    "masked_pixel_loss",
+    "patchify_gather",
+    "random_masking",
+    "random_words",
+    "restore_tokens",
+    "shift_flip_jitter",
+    "uniform",
+]

@@ -1,0 +1,115 @@
+"""Which implementation of an op runs: the one place where that is decided.
+
+Default: cuda -> triton, cpu -> native, each where the op has it, else reference.
+``FASTMIM_KERNELS=reference|native|triton`` forces one for every op; it is read at each call (``torch.compile`` fixes
+the choice when it traces). An op has a backend when its folder has the file (``native.py``, ``kernel.py``) and that
+file imports; nothing else has to be registered.
+
+No op is registered with torch.library yet: the references are compositions of torch ops, which torch.compile and
+autograd trace.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+from types import ModuleType
+
+import torch
+
+VARIABLE = "FASTMIM_KERNELS"
+PACKAGE = __name__.rpartition(".")[0]
+# Backend -> file in the op's folder.
+FILES = {"reference": "reference", "native": "native", "triton": "kernel"}
+# Backend -> the device type that it computes on; the reference computes on any.
+DEVICES = {"native": "cpu", "triton": "cuda"}
+# (op, backend) -> module, filled by load().
+LOADED: dict[tuple[str, str], ModuleType] = {}
+
+
+@functools.cache
+def ops() -> tuple[str, ...]:
+    """Names of all ops: every folder of this package."""
+    path = importlib.import_module(PACKAGE).__path__
+    return tuple(sorted(found.name for found in pkgutil.iter_modules(path) if found.ispkg))
+
+
+def load(op: str, backend: str) -> str:
+    """Import the module of ``op`` for ``backend`` into LOADED, once. Returns '' or the reason why there is none."""
+    if (op, backend) not in LOADED:
+        name = f"{PACKAGE}.{op}.{FILES[backend]}"
+        if importlib.util.find_spec(name) is None:
+            return f"the folder {op}/ has no {FILES[backend]}.py"
+        try:
+            LOADED[op, backend] = importlib.import_module(name)
+        except (ImportError, OSError) as e:
+            return f"{op}/{FILES[backend]}.py does not import ({type(e).__name__}: {e})"
+    return ""
+
+
+@functools.cache
+def _missing(op: str, backend: str, device_type: str, is_interpreted: bool) -> str:
+    """'' if ``op`` has a backend that computes on ``device_type``, else the reason why not."""
+    needed = DEVICES.get(backend, device_type)
+    if needed != device_type and not (backend == "triton" and is_interpreted):
+        return f"{backend} computes on {needed} tensors, and these are on {device_type}"
+    return load(op, backend)
+
+
+def _is_interpreted() -> bool:
+    """Whether Triton runs in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def available(op: str, device_type: str) -> list[str]:
+    """The backends that can compute ``op`` on tensors of ``device_type``, the reference among them."""
+    return [backend for backend in FILES if not _missing(op, backend, device_type, _is_interpreted())]
+
+
+@torch.compiler.assume_constant_result
+def backend_of(op: str, device_type: str) -> str:
+    """The backend that computes ``op`` on tensors of ``device_type``; its module is in LOADED afterwards.
+
+    Raises: RuntimeError where ``FASTMIM_KERNELS`` names an unknown backend, or one that this op lacks on this device.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if not wanted:
+        preferred = next((backend for backend, device in DEVICES.items() if device == device_type), "reference")
+        wanted = "reference" if _missing(op, preferred, device_type, _is_interpreted()) else preferred
+    if wanted not in FILES:
+        raise RuntimeError(f"{VARIABLE}: expected one of {', '.join(FILES)}, got {wanted!r}; correct or unset it.")
+    reason = _missing(op, wanted, device_type, _is_interpreted())
+    if reason:
+        raise RuntimeError(
+            f"{op}: backend {wanted!r} is forced by {VARIABLE}, but {reason}; unset {VARIABLE} or set it to reference."
+        )
+    return wanted
+
+
+def implementation(op: str, device_type: str) -> ModuleType:
+    """The module that computes ``op`` on tensors of ``device_type``. Raises: as ``backend_of``."""
+    # Two steps, because torch.compile takes a constant string from an untraced call, but not a module.
+    backend = backend_of(op, device_type)
+    return LOADED[op, backend]
+
+
+def chosen(device_type: str) -> dict[str, str]:
+    """Op -> the backend that runs on tensors of ``device_type`` ('cpu', 'cuda'). Raises: as ``backend_of``."""
+    return {op: backend_of(op, device_type) for op in ops()}
+
+
+def backends() -> dict[str, tuple[bool, str]]:
+    """Backend -> (available, reason). A backend is available if at least one op can run with it on this machine."""
+    found = {"reference": (True, "plain torch, every op, every device")}
+    for backend, device_type in DEVICES.items():
+        reasons = {op: load(op, backend) for op in ops()}
+        ready = [op for op, reason in reasons.items() if not reason]
+        broken = [reason for reason in reasons.values() if "does not import" in reason]
+        if not ready:
+            found[backend] = (False, broken[0] if broken else f"no op has {FILES[backend]}.py")
+        elif device_type == "cuda" and not torch.cuda.is_available():
+            found[backend] = (False, "torch sees no CUDA device")
+        else:
+            found[backend] = (True, "; ".join([f"ops: {', '.join(ready)}", *broken]))
+    return found

@@ -1,0 +1,53 @@
+"""Exponential moving average of parameters."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import fail
+
+__all__ = ["ema_update"]
+
+
+def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: float | Tensor) -> None:
+    """Move every target towards its online tensor, in place: ``t += (1 - momentum) * (o - t)``, with no gradient.
+
+    That form is computed as written, with one fused multiply-add where the machine has it (momentum > 0.5; below, the
+    same up to rounding), so that a target equal to its online tensor stays exactly equal.
+
+    Args:
+        targets: float32 (or float64) tensors: at momentum 0.996 most increments are lost in bfloat16.
+        onlines: as many tensors of the same shapes and device, any floating dtype.
+        momentum: in [0, 1]; a 0-dimensional tensor on the device of the targets avoids a constant in a captured CUDA
+            graph.
+
+    Raises: ValueError for lists, shapes or devices that differ or momentum out of range; TypeError for other dtypes.
+    Source: He et al., "MoCo", arXiv 1911.05722, eq. 2; theta_t = m theta_t + (1 - m) theta_o.
+    """
+    if len(targets) != len(onlines):
+        raise fail(
+            "onlines", f"{len(targets)} tensors like targets", len(onlines), "pair every target with its online tensor"
+        )
+    for i, (t, o) in enumerate(zip(targets, onlines, strict=True)):
+        if t.shape != o.shape or t.device != o.device:
+            got = f"{tuple(o.shape)} on {o.device}"
+            raise fail(
+                f"onlines[{i}]", f"{tuple(t.shape)} on {t.device} like its target", got, "check the order of the pairs"
+            )
+        if t.dtype not in (torch.float32, torch.float64) or not o.is_floating_point():
+            raise fail(
+                f"targets[{i}]",
+                "float32 and a floating online tensor",
+                f"{t.dtype}, {o.dtype}",
+                "keep targets in float32",
+                TypeError,
+            )
+    if isinstance(momentum, Tensor):
+        if momentum.ndim:
+            raise fail("momentum", "a number or a 0-dimensional tensor", tuple(momentum.shape), "pass one value")
+    elif not 0 <= momentum <= 1:
+        raise fail("momentum", "a number in [0, 1]", momentum, "correct the schedule")
+    if targets:
+        dispatch.implementation("ema", targets[0].device.type).ema_update(targets, onlines, momentum)

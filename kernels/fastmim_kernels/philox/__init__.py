@@ -1,0 +1,60 @@
+"""Random numbers as a function of (seed, step, sample id, stream): the same on every device, at every world size."""
+
+from enum import IntEnum
+
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_rng, fail
+
+__all__ = ["Stream", "random_words", "uniform"]
+
+
+class Stream(IntEnum):
+    """What a draw is for. Draws of different streams are independent. Never renumber: recorded runs depend on it."""
+
+    MASK = 0
+    FLIP = 1
+    SHIFT = 2
+    JITTER = 3
+    MIX = 4
+
+
+def random_words(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
+    """Draw ``count`` 32-bit random words per sample with Philox4x32-10.
+
+    Word i = philox(counter=(i // 4, id low 32 bits, step low 32 bits, stream | (id >> 32 & 0xffff) << 16),
+    key=(seed low 32 bits, seed high 32 bits))[i % 4]. No host synchronization; a captured CUDA graph draws anew when
+    rng changes.
+
+    Args:
+        rng: (2,) int64 = [seed, step], on the device of ids.
+        ids: (B,) int64 global sample ids; bits 0..47 count.
+        stream: a Stream, or any integer in 0..65535.
+        count: words per sample, 0..2**34.
+
+    Returns: (B, count) int64 with values in 0..2**32 - 1.
+    Raises: ValueError or TypeError for an rng or ids of another shape, dtype or device; ValueError for stream or count
+        out of range.
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    _check(rng, ids, stream, count)
+    return dispatch.implementation("philox", ids.device.type).random_words(rng, ids, int(stream), count)
+
+
+def uniform(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
+    """Draw ``count`` uniform numbers per sample: (word >> 8) * 2**-24 of ``random_words``, exact in float32.
+
+    Args, Raises: as ``random_words``.
+    Returns: (B, count) float32 in [0, 1).
+    """
+    _check(rng, ids, stream, count)
+    return dispatch.implementation("philox", ids.device.type).uniform(rng, ids, int(stream), count)
+
+
+def _check(rng: Tensor, ids: Tensor, stream: int, count: int) -> None:
+    check_rng(rng, ids)
+    if not 0 <= stream <= 0xFFFF:
+        raise fail("stream", "0..65535", stream, "use a member of Stream")
+    if not 0 <= count <= 1 << 34:
+        raise fail("count", "0..2**34 words per sample", count, "draw fewer numbers per stream")

@@ -1,0 +1,85 @@
+"""Reconstruction loss on the pixels of masked patches, targets read straight from the uint8 master images."""
+
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_ids, check_images, check_patches, check_rank, fail
+
+__all__ = ["masked_pixel_loss"]
+
+KINDS = ("mse", "l1", "smooth_l1")
+
+
+def masked_pixel_loss(
+    pred: Tensor,
+    images: Tensor,
+    ids_masked: Tensor,
+    patch_size: int,
+    *,
+    mean: tuple[float, ...] | None,
+    std: tuple[float, ...] | None,
+    size: tuple[int, int] | None = None,
+    offset: Tensor | None = None,
+    flip: Tensor | None = None,
+    norm: bool = True,
+    eps: float = 1e-6,
+    kind: str = "mse",
+) -> Tensor:
+    """Mean over V values and then over all B * M masked patches of the distance between ``pred`` and the pixels.
+
+    target = ``patchify_gather(images, ids_masked, patch_size, ...)`` in float32, a constant. With ``norm`` each patch
+    becomes ``(target - target.mean()) / sqrt(target.var(unbiased) + eps)``, statistics over its V values jointly.
+
+    Args:
+        pred: (B, M, V), any floating dtype; row m predicts patch ids_masked[:, m], values ordered as in
+            ``patchify_gather``.
+        images, mean, std, size, offset, flip, patch_size: as ``patchify_gather``.
+        ids_masked: (B, M) int64.
+        norm: normalize each target patch. eps: added to its variance, which is in normalized-pixel units.
+        kind: "mse" (d**2), "l1" (|d|) or "smooth_l1" (d**2 / 2 below 1, else |d| - 1/2).
+
+    Returns: scalar float32 (float64 for float64 pred). Differentiable with respect to pred.
+    Raises: ValueError where there is no masked patch (B or M is 0), kind is unknown or shapes do not fit; TypeError,
+        IndexError.
+    Source: He et al., arXiv 2111.06377, section 3; facebookresearch/mae models_mae.py ``forward_loss``.
+    """
+    h, w = check_images(images, size, offset, flip, mean, std)
+    count = check_patches(h, w, patch_size)
+    check_ids("ids_masked", ids_masked, images.shape[0], count, images.device)
+    check_rank("pred", pred, "(B, M, V)")
+    expected = (*ids_masked.shape, patch_size * patch_size * images.shape[1])
+    if tuple(pred.shape) != expected:
+        raise fail(
+            "pred", f"shape {expected}, one row per masked patch", tuple(pred.shape), "predict the masked patches only"
+        )
+    if pred.device != images.device or not pred.is_floating_point():
+        raise fail(
+            "pred", f"floats on {images.device} like images", f"{pred.dtype} on {pred.device}", "move or convert it"
+        )
+    if ids_masked.numel() == 0:
+        raise fail(
+            "ids_masked",
+            "at least one masked patch",
+            f"shape {tuple(ids_masked.shape)}",
+            "lower the number of kept patches",
+        )
+    if norm and expected[2] < 2:
+        raise fail(
+            "norm", "patches of at least 2 values", f"V = {expected[2]}", "pass norm=False: one value has no variance"
+        )
+    if kind not in KINDS:
+        raise fail("kind", f"one of {', '.join(KINDS)}", repr(kind), "correct kind")
+    return dispatch.implementation("pixel_loss", pred.device.type).masked_pixel_loss(
+        pred,
+        images,
+        ids_masked,
+        patch_size,
+        mean=mean,
+        std=std,
+        size=(h, w),
+        offset=offset,
+        flip=flip,
+        norm=norm,
+        eps=eps,
+        kind=kind,
+    )

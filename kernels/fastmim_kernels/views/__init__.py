@@ -1,0 +1,99 @@
+"""Augmented views from uint8 master images: flip, window, color jitter, grey, blur, normalize in one op."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_images, check_like, check_positive, fail
+
+__all__ = ["ColorJitter", "shift_flip_jitter"]
+
+
+class ColorJitter(NamedTuple):
+    """Color changes of each image, drawn by the caller. Codes: 0 brightness, 1 contrast, 2 saturation, 3 hue."""
+
+    apply: Tensor  # (B,) bool; False = leave the image alone
+    order: Tensor  # (B, 4) int64, a permutation of 0..3: order[b, 0] is done first
+    brightness: Tensor  # (B,) factor >= 0, 1 = unchanged
+    contrast: Tensor  # (B,) factor >= 0, 1 = unchanged
+    saturation: Tensor  # (B,) factor >= 0, 1 = unchanged
+    hue: Tensor  # (B,) in turns, 0 = unchanged, 0.5 = opposite hue
+
+
+def shift_flip_jitter(
+    images: Tensor,
+    *,
+    size: tuple[int, int],
+    offset: Tensor | None = None,
+    flip: Tensor | None = None,
+    jitter: ColorJitter | None = None,
+    grey: Tensor | None = None,
+    blur_sigma: Tensor | None = None,
+    max_blur_sigma: float = 2.0,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Make one view per image. In this order, each step only for the images that ask for it:
+
+    1. flip the whole master image left-right, cut the window of ``size`` at ``offset``, scale to 0..1;
+    2. color jitter, the four changes in the image's own order, each clamped to [0, 1]: brightness ``x * f``; contrast
+       ``f * x + (1 - f) * mean(luma)``; saturation ``f * x + (1 - f) * luma``; hue: rotation in HSV. luma = .2989 R +
+       .587 G + .114 B;
+    3. grey: every channel becomes luma;
+    4. Gaussian blur: separable, 2 * ceil(3 * max_blur_sigma) + 1 taps normalized to sum 1, edge pixels repeated;
+    5. ``(x - mean) / std``, rounded to ``dtype``.
+
+    Unless C = 3, saturation, hue and grey are skipped, and contrast uses the mean over all channels. Not
+    differentiable. Computed in float32 (float64 for float64 images or dtype). The reference picks images by what they
+    ask for: on CUDA it waits for the device, and torch.compile leaves it outside the graph.
+
+    Args:
+        images: (B, C, H, W) uint8 in 0..255, or floats in 0..1.
+        size: (h, w) of the view in pixels. offset: (B, 2) int64 (top, left), None = (0, 0). flip: (B,) bool or None.
+        jitter: ColorJitter or None. grey: (B,) bool or None.
+        blur_sigma: (B,) float in pixels, 0 = no blur, at most max_blur_sigma (a larger one is truncated); None = no
+            blur.
+        mean, std: C floats each in 0..1 units, or None. dtype: floating dtype of the result.
+
+    Returns: (B, C, h, w) of ``dtype``.
+    Raises: ValueError or TypeError for arguments that do not fit each other.
+    Source: torchvision ``transforms.v2.functional`` (adjust_*, gaussian_blur) for the formulas; ZhichengHuang/CMAE
+        auto_augment.py for which steps a view has.
+    """
+    check_images(images, size, offset, flip, mean, std)
+    batch = images.shape[0]
+    if jitter is not None:
+        check_like("jitter.apply", jitter.apply, (batch,), torch.bool, images.device)
+        check_like("jitter.order", jitter.order, (batch, 4), torch.int64, images.device)
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            _check_amount(f"jitter.{name}", getattr(jitter, name), images)
+    if grey is not None:
+        check_like("grey", grey, (batch,), torch.bool, images.device)
+    if blur_sigma is not None:
+        _check_amount("blur_sigma", blur_sigma, images)
+        check_positive("max_blur_sigma", max_blur_sigma)
+    if not dtype.is_floating_point:
+        raise fail("dtype", "a floating dtype", dtype, "use torch.float32 or torch.bfloat16", TypeError)
+    return dispatch.implementation("views", images.device.type).shift_flip_jitter(
+        images,
+        size=tuple(size),
+        offset=offset,
+        flip=flip,
+        jitter=jitter,
+        grey=grey,
+        blur_sigma=blur_sigma,
+        max_blur_sigma=max_blur_sigma,
+        mean=mean,
+        std=std,
+        dtype=dtype,
+    )
+
+
+def _check_amount(name: str, amount: Tensor, images: Tensor) -> None:
+    if not isinstance(amount, Tensor) or not amount.is_floating_point():
+        got = amount.dtype if isinstance(amount, Tensor) else type(amount).__name__
+        raise fail(name, "a float tensor", got, "pass one number per image", TypeError)
+    check_like(name, amount, (images.shape[0],), amount.dtype, images.device)

@@ -1,0 +1,114 @@
+"""Choice of the backend: default, forced by FASTMIM_KERNELS, absent, broken."""
+
+import importlib.util
+import sys
+
+import fastmim_kernels as fk
+import pytest
+import torch
+from fastmim_kernels import dispatch
+
+X, IDS = torch.arange(12.0).view(1, 4, 3), torch.tensor([[2, 0]])
+
+
+@pytest.fixture
+def add_file(tmp_path, monkeypatch):
+    """Puts a file into the folder of op ``gather``, for one test."""
+    package = importlib.import_module("fastmim_kernels.gather")
+    loaded = dict(dispatch.LOADED)
+
+    def add(name: str, text: str) -> None:
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+        importlib.invalidate_caches()
+        dispatch._missing.cache_clear()
+
+    yield add
+    for name in ("native", "kernel"):
+        sys.modules.pop(f"fastmim_kernels.gather.{name}", None)
+    dispatch.LOADED.clear()
+    dispatch.LOADED.update(loaded)
+    dispatch._missing.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def unset(monkeypatch):
+    monkeypatch.delenv(dispatch.VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def test_chosen_names_an_available_backend_for_every_op():
+    assert set(fk.chosen("cpu")) == set(dispatch.ops())
+    assert all(fk.backends()[backend][0] for backend in fk.chosen("cpu").values())
+
+
+def test_backends_give_a_reason():
+    found = fk.backends()
+    assert set(found) == {"reference", "native", "triton"}
+    assert found["reference"][0]
+    assert all(isinstance(available, bool) and reason for available, reason in found.values())
+
+
+def test_forced_reference_is_read_at_call_time(monkeypatch):
+    for value in ("", "reference"):
+        monkeypatch.setenv(dispatch.VARIABLE, value)
+        assert fk.gather_tokens(X, IDS)[0, 0, 0] == 6
+    assert set(fk.chosen("cpu").values()) == {"reference"}
+
+
+def test_forced_unknown_backend_raises(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "trition")
+    with pytest.raises(
+        RuntimeError, match=r"FASTMIM_KERNELS: expected one of reference, native, triton, got 'trition'"
+    ):
+        fk.gather_tokens(X, IDS)
+
+
+def test_forced_triton_on_cpu_tensors_raises_with_op_backend_reason_and_fix(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    with pytest.raises(
+        RuntimeError, match=r"gather: backend 'triton' is forced .* computes on cuda tensors.*; unset FASTMIM_KERNELS"
+    ):
+        fk.gather_tokens(X, IDS)
+    with pytest.raises(RuntimeError, match="triton"):
+        fk.chosen("cpu")
+
+
+def test_forced_backend_without_file_raises(monkeypatch):
+    if importlib.util.find_spec("fastmim_kernels.infonce.native"):
+        pytest.skip("infonce has a native implementation")
+    monkeypatch.setenv(dispatch.VARIABLE, "native")
+    with pytest.raises(RuntimeError, match=r"infonce: backend 'native' is forced .* has no native.py"):
+        fk.contrastive_loss(torch.ones(1, 2), torch.ones(1, 2), temperature=1.0)
+
+
+def test_a_new_file_is_enough_to_be_found(add_file, monkeypatch):
+    add_file("native", "def gather_tokens(x, ids):\n    return 'native'\n")
+    assert fk.gather_tokens(X, IDS) == "native"
+    assert fk.chosen("cpu")["gather"] == "native"
+    assert fk.backends()["native"][0] and "gather" in fk.backends()["native"][1]
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert fk.gather_tokens(X, IDS).shape == (1, 2, 3)
+
+
+def test_triton_file_serves_cuda_and_the_interpreter_only(add_file, monkeypatch):
+    add_file("kernel", "def gather_tokens(x, ids):\n    return 'triton'\n")
+    assert fk.chosen("cuda")["gather"] == "triton"
+    assert fk.chosen("cpu")["gather"] != "triton"
+    monkeypatch.setenv(dispatch.VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert fk.gather_tokens(X, IDS) == "triton"
+
+
+def test_file_that_does_not_import_is_reported_and_not_used(add_file, monkeypatch):
+    add_file("native", "raise ImportError('no compiler was there')\n")
+    assert fk.chosen("cpu")["gather"] == "reference"
+    assert "no compiler was there" in fk.backends()["native"][1]
+    monkeypatch.setenv(dispatch.VARIABLE, "native")
+    with pytest.raises(RuntimeError, match="no compiler was there"):
+        fk.gather_tokens(X, IDS)
+
+
+def test_dispatch_is_traced_by_compile_as_one_graph():
+    compiled = torch.compile(fk.gather_tokens, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(X, IDS), fk.gather_tokens(X, IDS))
