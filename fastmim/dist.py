@@ -52,8 +52,30 @@ def gather_rows(x: Tensor) -> Tensor:
     if world_size() == 1:
         return x.detach()
     out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.detach().contiguous())
+    # torch 2.13 renamed the collective; 2.11 has only the old name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x.detach().contiguous())
     return out
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        # Each rank's loss depends on every rank's x.
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def differentiable_mean(x: Tensor) -> Tensor:
+    """Mean of a tensor over the ranks, through which gradients flow to all of them."""
+    return x if world_size() == 1 else _SumOverRanks.apply(x) / world_size()
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:

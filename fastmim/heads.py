@@ -1,10 +1,9 @@
 """Projection heads of contrastive methods, with batch normalization over the global batch."""
 
 import torch
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
-from fastmim.dist import world_size
+from fastmim.dist import differentiable_mean
 
 
 class SyncBatchNorm(nn.Module):
@@ -29,8 +28,7 @@ class SyncBatchNorm(nn.Module):
 
 def _global_mean(x: Tensor) -> Tensor:
     """Mean over the rows of all ranks (equal numbers of rows), differentiable."""
-    mean = x.mean(0)
-    return mean if world_size() == 1 else dist_nn.all_reduce(mean) / world_size()
+    return differentiable_mean(x.mean(0))
 
 
 class ProjectionHead(nn.Sequential):

@@ -1,0 +1,25 @@
+"""Real JPEG files to read: a small demo set, drawn once per session."""
+
+import os
+from pathlib import Path
+
+import pytest
+from fastmim_pipelines.demo import write_demo
+
+
+@pytest.fixture(scope="session")
+def demo_set(tmp_path_factory) -> Path:
+    """Folder with train/ (60 pictures) and val/ (20)."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo(folder, images=60, val_images=20, workers=1, progress=lambda line: None)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs() -> Path:
+    """Folder of real photographs in class folders, where there is one."""
+    beside = Path(__file__).resolve().parents[2].parent / "shared"
+    folder = Path(os.environ.get("FASTMIM_SHARED", beside)) / "data" / "photos"
+    if not folder.is_dir():
+        pytest.skip(f"no photographs at {folder}; set FASTMIM_SHARED")
+    return folder

@@ -1,0 +1,89 @@
+"""The front door, the contract, the synthetic loader, and what the package may import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import fastmim_pipelines
+import pytest
+import torch
+from fastmim_pipelines import CropSpec, make_loader
+from fastmim_pipelines.spec import check_crops
+
+PACKAGE = Path(fastmim_pipelines.__file__).parent
+CROPS = (CropSpec((16, 16)), CropSpec((8, 12), view=1))
+
+
+def test_make_loader_finds_each_loader_by_name(demo_set):
+    for name in fastmim_pipelines.LOADERS:
+        loader, reason = make_loader(name, CROPS, data=demo_set / "train", batch_size=4, seed=3)
+        batch = next(iter(loader.epoch(0)))
+        assert reason == f"{name}: as asked for" and batch.crops[1].shape == (4, 3, 8, 12)
+        loader.close()
+        loader.close()
+
+
+def test_make_loader_auto_says_what_it_took(demo_set):
+    loader, reason = make_loader("auto", CROPS, data=demo_set / "train", batch_size=4)
+    assert type(loader).__name__ == "FolderLoader" and reason.startswith("folder: ")
+
+
+def test_make_loader_names_choices_and_missing_data():
+    with pytest.raises(ValueError, match=r"expected one of auto, folder, synthetic, got 'dali'"):
+        make_loader("dali", CROPS, batch_size=4)
+    for name in ("auto", "folder"):
+        with pytest.raises(ValueError, match=f"data: expected a folder of images for the loader '{name}', got none"):
+            make_loader(name, CROPS, batch_size=4)
+
+
+def test_synthetic_pictures_follow_from_seed_and_id():
+    def batches(**options):
+        loader, _ = make_loader("synthetic", CROPS, **{"batch_size": 8, "count": 100, **options})
+        assert loader.steps_per_epoch == 12
+        return list(loader.epoch(1, 10))
+
+    whole = batches()
+    assert len(whole) == 2 and whole[0].crops[0].shape == (8, 3, 16, 16) and whole[0].crops[0].dtype == torch.uint8
+    parts = [batches(rank=rank, world=2) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        assert torch.equal(batch.ids, torch.cat([part[step].ids for part in parts]))
+        assert torch.equal(batch.crops[1], torch.cat([part[step].crops[1] for part in parts]))
+        assert batch.ids.dtype == torch.int64
+    assert not torch.equal(batches(seed=1)[0].crops[0], whole[0].crops[0])
+    assert batches(in_chans=5)[0].crops[0].shape == (8, 5, 16, 16)
+    with pytest.raises(ValueError, match="expected at most the 100 synthetic images"):
+        batches(batch_size=101)
+
+
+@pytest.mark.parametrize(
+    ("crops", "message"),
+    [
+        ((), "expected at least one"),
+        ([CropSpec((0, 8))], "CropSpec.size"),
+        ([CropSpec((8, 8), scale=(0, 1))], "scale"),
+        ([CropSpec((8, 8), scale=(0.5, 0.2))], "scale"),
+        ([CropSpec((8, 8), scale=(0.5, 1.2))], "scale"),
+        ([CropSpec((8, 8), ratio=(0, 1))], "ratio"),
+        ([CropSpec((8, 8)), CropSpec((8, 8), scale=(0.1, 1))], "share one box"),
+    ],
+    ids=str,
+)
+def test_crop_specs_are_checked(crops, message):
+    with pytest.raises(ValueError, match=message):
+        check_crops(crops, 3)
+
+
+def test_package_imports_only_what_it_may():
+    allowed = {"torch", "numpy", "PIL", *sys.stdlib_module_names}
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            assert {name.split(".")[0] for name in names} <= allowed, path.name
+
+
+def test_package_and_demo_import_without_torch():
+    code = "import sys, fastmim_pipelines, fastmim_pipelines.demo, fastmim_pipelines.sampling; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

@@ -1,0 +1,138 @@
+"""Worker processes against signals, a killed parent and a full shared memory; each scene in a process group of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fastmim_pipelines import cores, workers
+
+SCENE = """
+import multiprocessing, os, signal, sys
+from fastmim_pipelines import CropSpec
+from fastmim_pipelines.folder import FolderLoader
+
+seen = []
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: seen.append(number))
+loader = FolderLoader(sys.argv[1], (CropSpec((16, 16)),), batch_size=4, workers=2)
+batches = loader.epoch(0)
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture
+def scene(demo_set, request):
+    """Starts SCENE plus more lines; gives the process and the ids of its workers."""
+
+    def start(more: str) -> tuple[subprocess.Popen, list[int]]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCENE + more, str(demo_set / "train")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        )
+        request.addfinalizer(process.kill)
+        pids = [int(pid) for pid in process.stdout.readline().split()]
+        assert len(pids) == 2, process.stderr.read()
+        return process, pids
+
+    return start
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> float:
+    began = time.monotonic()
+    while any(map(is_running, pids)):
+        assert time.monotonic() - began < seconds, "workers still run"
+        time.sleep(0.05)
+    return time.monotonic() - began
+
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+@linux_only
+def test_workers_outlive_signals_to_the_whole_group(scene):
+    process, pids = scene("""
+rest = list(batches)
+loader.close()
+print(len(rest), sorted(seen), multiprocessing.active_children())
+""")
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        os.killpg(process.pid, number)
+    time.sleep(0.3)
+    assert all(map(is_running, pids))
+    out, err = process.communicate("\n", timeout=60)
+    assert out.split("\n")[0] == "14 [2, 10, 15] []", err
+    assert process.returncode == 0
+
+
+@linux_only
+def test_workers_end_with_a_killed_trainer(scene):
+    process, pids = scene("")
+    process.kill()
+    wait_until_gone(pids, 10)
+
+
+@linux_only
+def test_workers_end_with_a_trainer_that_forgot_to_close(scene):
+    process, pids = scene("sys.exit(5)")
+    _, err = process.communicate("\n", timeout=60)
+    assert process.returncode == 5 and err == ""
+    wait_until_gone(pids, 10)
+
+
+@linux_only
+def test_a_killed_worker_is_reported(scene):
+    process, pids = scene("""
+try:
+    for epoch in range(100):
+        for batch in loader.epoch(epoch, 1 if epoch == 0 else 0):
+            pass
+except RuntimeError as e:
+    print(e)
+print(multiprocessing.active_children())
+""")
+    os.kill(pids[0], signal.SIGKILL)
+    out, err = process.communicate("\n", timeout=60)
+    assert f"{pids[0]}" in out and "killed by signal" in out and out.endswith("[]\n"), (out, err)
+
+
+def test_shared_memory_is_checked_before_the_start(monkeypatch):
+    monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 << 20}))
+    assert workers.most_workers(10 << 20) == 2 and workers.most_workers(40 << 20) == 0
+    with pytest.raises(ValueError, match=r"workers: expected at most 0 .*, got 2; use that, or .* --shm-size=\d+m"):
+        workers.start([], [], workers=2, result_bytes=40 << 20)
+
+
+def test_cores_and_default_workers(monkeypatch):
+    assert 1 <= cores.available_cores() <= (os.cpu_count() or 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for available, world, on_cpu, expected in (
+        (16, 1, False, 16),
+        (64, 1, False, 16),
+        (2, 1, True, 1),
+        (2, 2, True, 1),
+        (8, 2, True, 3),
+        (1, 8, False, 1),
+    ):
+        monkeypatch.setattr(cores, "available_cores", lambda available=available: available)
+        assert cores.default_workers(world, trains_on_cpu=on_cpu) == expected
+    monkeypatch.setattr(cores, "available_cores", lambda: 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert cores.default_workers(32, trains_on_cpu=False) == 4
