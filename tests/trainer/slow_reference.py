@@ -1,7 +1,7 @@
 """MAE and CMAE written once more, slowly, in float64 and from the specifications alone.
 
-Nothing here calls fastmim.vit or a kernel, except for the uniform numbers themselves (`draw_*`). Weights come as a dict of
-tensors by parameter name; gradients flow through them. One image at a time, loops where a loop is plainer.
+Nothing here calls fastmim.vit or a kernel, except for the uniform numbers themselves (`draw_*`). Weights come as a dict
+of tensors by parameter name; gradients flow through them. One image at a time, loops where a loop is plainer.
 """
 
 import functools
@@ -35,9 +35,7 @@ def make_batch(method, count=4, first_id=100, seed=0):
 
     g = torch.Generator().manual_seed(seed)
     shape = (count, method.model.in_chans, *method.crops[0].size)
-    return Batch(
-        (torch.randint(0, 256, shape, generator=g, dtype=torch.uint8),), torch.arange(count) * 7 + first_id
-    )
+    return Batch((torch.randint(0, 256, shape, generator=g, dtype=torch.uint8),), torch.arange(count) * 7 + first_id)
 
 
 def make_rng(seed=3, step=11) -> Tensor:
@@ -45,7 +43,7 @@ def make_rng(seed=3, step=11) -> Tensor:
 
 
 def scramble(module: nn.Module, seed=0, amount=0.1) -> None:
-    """Moves every parameter off its initial value, so that no bias is 0, no scale 1, and no target equals its online twin."""
+    """Moves every parameter off its initial value: no bias is 0, no scale 1, no target equals its online twin."""
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -120,7 +118,9 @@ def patch_rows(image: Tensor, patch: int) -> Tensor:
     return torch.stack(rows)
 
 
-def pixel_loss(preds: list[Tensor], views: list[Tensor], masked: list[list[int]], patch: int, normalize: bool) -> Tensor:
+def pixel_loss(
+    preds: list[Tensor], views: list[Tensor], masked: list[list[int]], patch: int, normalize: bool
+) -> Tensor:
     """sum(l * mask) / sum(mask) over the batch, l = mean squared error of a patch. preds: (L, V) per image."""
     total, count = torch.zeros((), dtype=torch.float64), 0
     for pred, view, ids in zip(preds, views, masked, strict=True):

@@ -16,7 +16,9 @@ def test_batch_norm_equals_loops_and_torch_in_training(shape):
     torch.manual_seed(0)
     ours, theirs = SyncBatchNorm(shape[1]), nn.BatchNorm1d(shape[1], eps=1e-6)
     scramble(ours)
-    theirs.load_state_dict(ours.state_dict() | {k: v for k, v in theirs.state_dict().items() if "running" in k or "num" in k})
+    theirs.load_state_dict(
+        ours.state_dict() | {k: v for k, v in theirs.state_dict().items() if "running" in k or "num" in k}
+    )
     x = torch.randn(shape) * 3 + 5
     weight = torch.randn(shape)
     results = []
@@ -68,7 +70,8 @@ def test_projection_head_has_one_norm_and_no_last_bias(width, hidden, out):
         module = ProjectionHead(width, hidden, out)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     assert shapes == {
-        "0.weight": (hidden, width), "0.bias": (hidden,), "1.weight": (hidden,), "1.bias": (hidden,), "3.weight": (out, hidden),
+        "0.weight": (hidden, width), "0.bias": (hidden,), "1.weight": (hidden,), "1.bias": (hidden,),
+        "3.weight": (out, hidden),
     }  # fmt: skip
     assert module[1].eps == 1e-6 and isinstance(module[2], nn.ReLU)
 

@@ -170,7 +170,9 @@ def test_cmae_mask_cell_must_divide_the_grid(small):
 # ---- views
 
 
-@pytest.mark.parametrize("shape, size, shift", [((224, 224, 16, 3), 256, 31), ((64, 64, 8, 3), 80, 15), ((224, 224, 14, 3), 252, 27)])
+@pytest.mark.parametrize(
+    "shape, size, shift", [((224, 224, 16, 3), 256, 31), ((64, 64, 8, 3), 80, 15), ((224, 224, 14, 3), 252, 27)]
+)
 def test_cmae_master_crop_and_default_shift_follow_the_patch(small, shape, size, shift):
     method = build(shape)
     assert method.shift == shift == 2 * shape[2] - 1

@@ -245,6 +245,15 @@ def test_mae_constant_patches_give_a_finite_loss_and_zero_target(small):
     assert method(gray, make_rng()).loss.item() == pytest.approx(0, abs=1e-6)
 
 
+def test_mae_norm_pix_adds_1e_6_to_the_variance(small):
+    """Pictures of two neighboring gray levels: their variance, 6e-5, is not far above the eps."""
+    method = build()
+    batch, rng = make_batch(method), make_rng()
+    faint = Batch((batch.crops[0] % 2 + 100,), batch.ids)
+    slow = slow_loss(method, doubles(method), faint, rng)
+    assert method(faint, rng).loss.item() == pytest.approx(slow.item(), rel=1e-5)
+
+
 # ---- side effects, repetition, micro-batches
 
 

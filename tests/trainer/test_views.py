@@ -124,7 +124,9 @@ def test_random_color_order_is_a_uniform_permutation():
 
 @pytest.mark.parametrize("probability", [0.0, 1.0])
 def test_random_color_probability_0_is_never_and_1_is_always(probability):
-    drawn = color(ColorConfig(jitter_probability=probability, grey_probability=probability, blur_probability=probability))
+    drawn = color(
+        ColorConfig(jitter_probability=probability, grey_probability=probability, blur_probability=probability)
+    )
     for happens in (drawn["jitter"].apply, drawn["grey"], drawn["blur_sigma"] > 0):
         assert (happens == bool(probability)).all()
 
