@@ -94,14 +94,15 @@ class MetricsFile:
         self.file.close()
 
 
-def open_tracker(name: str | None, folder: Path) -> Callable[[dict], None]:
-    """A function that also sends each record to TensorBoard or Weights & Biases.
+def check_tracker(name: str | None) -> None:
+    """Raises ConfigError with the line that installs the tracker's package if it is missing."""
+    if name is not None:
+        require(name, name)
 
-    Raises:
-        ConfigError: if the package is missing; names the line that installs it.
-    """
+
+def open_tracker(name: str | None, folder: Path) -> Callable[[dict], None]:
+    """A function that also sends each record to TensorBoard or Weights & Biases."""
     if name == "tensorboard":
-        require("tensorboard", "tensorboard")
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(folder / "tensorboard"))

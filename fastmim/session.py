@@ -20,7 +20,7 @@ from fastmim.engine import base as engines
 from fastmim.evaluate.knn import measure, raw_pixels
 from fastmim.export import write_encoder
 from fastmim.methods import base as methods
-from fastmim.metrics import Display, open_tracker
+from fastmim.metrics import Display, check_tracker, open_tracker
 from fastmim.pictures import write_pictures
 from fastmim.run_directory import RunDirectory, default_out
 from fastmim.trainer import Periodic, Trainer
@@ -41,6 +41,7 @@ class Session:
     def __init__(self, config: TrainConfig):
         world = dist.launched_world()
         config.check(world)
+        check_tracker(config.tracker)
         self.model = config.model_spec()
         self.device = pick_device(config.device)
         precision, reason = default_precision(self.device)

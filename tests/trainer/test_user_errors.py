@@ -1,0 +1,125 @@
+"""Mistakes that a user will make: one clear line, the right exit code, nothing written, no device touched."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from trainer_run import ROOT, TINY, environment, train, write_images
+
+from fastmim import cli
+
+SMALL = [*TINY, "--steps", "2"]
+
+
+def run(capsys, *argv: str) -> tuple[int, str]:
+    """One command in this process; returns (exit code, what it said on stderr)."""
+    try:
+        code = cli.run(list(argv))
+    except SystemExit as e:
+        code = e.code
+    return code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["trian"], "expected a command (train, knn, demo-data, info), got trian; did you mean train?"),
+        (["train", "--batchsize", "3"], "did you mean --batch-size?"),
+        (["train", "--method", "mea"], "--method: expected one of cmae, mae"),
+        (["train", "--data", "nowhere", *SMALL], "nowhere"),
+        (["train", "--data", "empty", *SMALL], "empty: expected images"),
+        (["train", "--data", "images", *SMALL, "--batch-size", "7", "--accumulate", "2"], "take 6 or 8"),
+        (["train", "--data", "images", *SMALL, "--batch-size", "64"], "expected at most the 12 images"),
+        (["train", "--data", "images", *SMALL, "--image-size", "18"], "divisible by the patch size 4, got 18; take 16 or 20"),
+        (["train", "--data", "images", *SMALL, "--method", "mae", "--mae.mask-ratio", "0.99"], "which keeps 0"),
+        (["train", "--data", "images", *SMALL, "--cmae.mask-cell", "3"], "expected a divisor of the patch grid 4 x 4, got 3"),
+        (["train", "--data", "images", *SMALL, "--image-size", "12"], "expected a divisor of the patch grid 3 x 3"),
+        (["train", "--data", "images", *SMALL, "--loader", "dalli"], "loader: expected one of auto"),
+        (["train", "--data", "images", *SMALL, "--out", "images/train/class0/000.jpg"], "--out: expected a folder"),
+        (["train", "--data", "images", *SMALL, "--out", "held"], "--out: held already holds a run; add --resume"),
+        (["train", "--data", "images", *SMALL, "--tracker", "wandb"], "pip install 'fastmim[wandb]'"),
+        (["knn", "nowhere", "--data", "images/train", "--val-data", "images/val"], "nowhere: expected an encoder.safetensors"),
+        (["demo-data", "images"], "images"),
+    ],
+    ids=lambda value: " ".join(v for v in value if v not in SMALL)[:60] if isinstance(value, list) else "",
+)
+def test_mistake_is_one_line_and_exit_2(argv, words, tmp_path, monkeypatch, capsys):
+    write_images(tmp_path / "images" / "train", 4)
+    write_images(tmp_path / "images" / "val", 1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "config.yaml").write_text("seed: 1\n")
+    monkeypatch.chdir(tmp_path)
+    if argv[-1] == "wandb":
+        monkeypatch.setitem(sys.modules, "wandb", None)
+    code, said = run(capsys, *argv)
+    assert code == 2, said
+    assert words in said
+    assert said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="there is a GPU here")
+def test_cuda_without_a_gpu_exits_2(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, said = run(capsys, "train", "--data", str(images), *SMALL, "--device", "cuda")
+    assert code == 2 and "--device cuda: expected a GPU" in said
+
+
+def test_dry_run_checks_and_writes_nothing(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["train", "--data", str(images), *SMALL, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "parameters to train" in said and "plan      2 steps, 4 per epoch, 16 images" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_folder_in_use_names_its_holder(images, tmp_path):
+    out = tmp_path / "run"
+    from fastmim.config import ConfigError
+    from fastmim.run_directory import RunDirectory
+
+    held = RunDirectory(out, resuming=False)
+    with pytest.raises(ConfigError, match=f"in use by process {os.getpid()} on "):
+        RunDirectory(out, resuming=True)
+    held.close()
+    RunDirectory(out, resuming=True).close()
+
+
+def test_corrupt_jpeg_names_the_path_and_skip_goes_on(images, tmp_path):
+    data = tmp_path / "images"
+    shutil.copytree(images / "train", data)
+    victim = data / "class1" / "004.jpg"
+    victim.write_bytes(victim.read_bytes()[:300])
+    base = ["--method", "mae", "--data", str(data), *TINY, "--steps", "8"]
+    done = train([*base, "--out", str(tmp_path / "a")])
+    assert done.returncode == 4, done.stderr
+    assert str(victim) in done.stderr.splitlines()[-1] and "--on-bad-image skip" in done.stderr
+    done = train([*base, "--out", str(tmp_path / "b"), "--on-bad-image", "skip"])
+    assert done.returncode == 0, done.stderr
+    assert "1 unreadable images were replaced" in done.stdout and str(victim) in done.stdout
+
+
+def test_door_of_another_checkout_names_both(tmp_path):
+    (tmp_path / "fastmim").mkdir()
+    shutil.copy(ROOT / "fastmim" / "train.py", tmp_path / "fastmim" / "train.py")
+    door = [sys.executable, str(tmp_path / "fastmim" / "train.py"), "--help"]
+    done = subprocess.run(door, env=environment(), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert str(tmp_path / "fastmim") in done.stderr and str(ROOT / "fastmim") in done.stderr
+
+
+def test_door_without_installation_says_how_to_install(tmp_path):
+    # -S: no site-packages, so that no installation is found.
+    door = [sys.executable, "-S", str(ROOT / "fastmim" / "train.py")]
+    done = subprocess.run(door, env=environment(PYTHONPATH=""), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "make setup" in done.stderr and "pip install -e" in done.stderr
+
+
+def test_both_ranks_fail_with_one_line(images, tmp_path):
+    done = train(["--data", str(images), *SMALL, "--batch-size", "9", "--out", str(tmp_path / "r")], "torchrun", 2)
+    assert done.returncode != 0
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+    assert not (tmp_path / "r").exists()
