@@ -144,5 +144,5 @@ def test_silhouette_has_about_unit_size(shape):
 
 
 def test_silhouette_names_its_choices():
-    with pytest.raises(ValueError, match="expected one of .*star"):
+    with pytest.raises(ValueError, match=r"expected one of .*star"):
         silhouette("cube", np.random.default_rng(0))

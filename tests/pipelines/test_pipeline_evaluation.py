@@ -44,7 +44,7 @@ def test_evaluation_ranks_share_all_images_once(demo_set, world, limit):
         reader.ids.tolist()
         for reader in (EvalReader(demo_set / "val", (8, 8), rank=r, world=world, limit=limit) for r in range(world))
     ]
-    assert sum(ids, []) == spread(20, limit).tolist()
+    assert [i for part in ids for i in part] == spread(20, limit).tolist()
     assert max(map(len, ids)) - min(map(len, ids)) <= 1
 
 

@@ -85,5 +85,6 @@ def test_package_imports_only_what_it_may():
 
 
 def test_package_and_demo_import_without_torch():
-    code = "import sys, fastmim_pipelines, fastmim_pipelines.demo, fastmim_pipelines.sampling; sys.exit('torch' in sys.modules)"
+    modules = "fastmim_pipelines, fastmim_pipelines.demo, fastmim_pipelines.sampling"
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent).returncode == 0

@@ -1,4 +1,4 @@
-"""Order, boxes and substitutes: bijections, independence of seeds and epochs, and a second implementation of the boxes."""
+"""Order, boxes, substitutes: bijections, independence of seeds and epochs, a second implementation of the boxes."""
 
 import math
 import statistics

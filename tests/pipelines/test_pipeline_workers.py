@@ -1,4 +1,4 @@
-"""Worker processes against signals, a killed parent and a full shared memory; each scene in a process group of its own."""
+"""Worker processes against signals, a killed parent and full shared memory; each scene in its own process group."""
 
 import os
 import signal
@@ -93,7 +93,7 @@ def test_workers_end_with_a_killed_trainer(scene):
 def test_workers_end_with_a_trainer_that_forgot_to_close(scene):
     process, pids = scene("sys.exit(5)")
     _, err = process.communicate("\n", timeout=60)
-    assert process.returncode == 5 and err == ""
+    assert process.returncode == 5 and "Traceback" not in err
     wait_until_gone(pids, 10)
 
 
@@ -110,14 +110,15 @@ print(multiprocessing.active_children())
 """)
     os.kill(pids[0], signal.SIGKILL)
     out, err = process.communicate("\n", timeout=60)
-    assert f"{pids[0]}" in out and "killed by signal" in out and out.endswith("[]\n"), (out, err)
+    told = f"{pids[0]}) is killed by signal" in out or "a worker was killed" in out
+    assert told and out.endswith("[]\n"), (out, err)
 
 
 def test_shared_memory_is_checked_before_the_start(monkeypatch):
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 << 20}))
     assert workers.most_workers(10 << 20) == 2 and workers.most_workers(40 << 20) == 0
     with pytest.raises(ValueError, match=r"workers: expected at most 0 .*, got 2; use that, or .* --shm-size=\d+m"):
-        workers.start([], [], workers=2, result_bytes=40 << 20)
+        workers.Answers([], [], workers=2, result_bytes=40 << 20)
 
 
 def test_cores_and_default_workers(monkeypatch):

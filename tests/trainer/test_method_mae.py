@@ -246,8 +246,8 @@ def test_mae_constant_patches_give_a_finite_loss_and_zero_target(small):
 
 
 def test_mae_norm_pix_adds_1e_6_to_the_variance(small):
-    """Pictures of two neighboring gray levels: their variance, 6e-5, is not far above the eps."""
-    method = build()
+    """Gray pictures of two neighboring levels: their variance, 6e-5, is not far above the eps."""
+    method = build(SHAPES[1])
     batch, rng = make_batch(method), make_rng()
     faint = Batch((batch.crops[0] % 2 + 100,), batch.ids)
     slow = slow_loss(method, doubles(method), faint, rng)
