@@ -68,6 +68,9 @@ class Session:
         self.say(f"device    {self.device.type} x {world}, {config.precision}: {reason}")
         kernels = sorted(set(chosen(self.device.type).values()))
         self.say(f"kernels   {', '.join(kernels)} on {self.device.type} (`fastmim info` tells why)")
+        if plan.mixes_images and config.accumulate > 1:
+            self.say(f"warning   {config.method} compares the images of a micro-batch with each other: --accumulate "
+                     f"{config.accumulate} leaves {config.batch_size // config.accumulate} of {config.batch_size}")  # fmt: skip
         self.say(f"lr        {config.peak_lr:.3g} at batch {config.batch_size}")
 
     def say(self, text: str) -> None:

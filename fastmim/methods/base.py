@@ -51,6 +51,8 @@ class Method(nn.Module):
     """
 
     Config: ClassVar[type]
+    mixes_images: ClassVar[bool] = False
+    """Whether the loss of an image depends on the others of its micro-batch: accumulation then changes the result."""
     crops: tuple[CropSpec, ...]
     encoder: Encoder
 

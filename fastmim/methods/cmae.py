@@ -54,6 +54,7 @@ class Config:
 
 class CMAE(Method):
     Config = Config
+    mixes_images = True
 
     def __init__(self, model: ModelSpec, config: Config):
         super().__init__(model)

@@ -20,7 +20,8 @@ for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: seen.append(number))
 loader = FolderLoader(sys.argv[1], (CropSpec((16, 16)),), batch_size=4, workers=2)
 batches = loader.epoch(0)
-next(batches)
+if "early" not in sys.argv:
+    next(batches)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 sys.stdin.readline()
 """
@@ -30,9 +31,9 @@ sys.stdin.readline()
 def scene(demo_set, request):
     """Starts SCENE plus more lines; gives the process and the ids of its workers."""
 
-    def start(more: str) -> tuple[subprocess.Popen, list[int]]:
+    def start(more: str, *flags: str) -> tuple[subprocess.Popen, list[int]]:
         process = subprocess.Popen(
-            [sys.executable, "-c", SCENE + more, str(demo_set / "train")],
+            [sys.executable, "-c", SCENE + more, str(demo_set / "train"), *flags],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -67,18 +68,22 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 
 @linux_only
-def test_workers_outlive_signals_to_the_whole_group(scene):
-    process, pids = scene("""
+@pytest.mark.parametrize(("moment", "batches_left"), [("early", 15), ("later", 14)])
+def test_workers_outlive_signals_to_the_whole_group(scene, moment, batches_left):
+    process, pids = scene(
+        """
 rest = list(batches)
 loader.close()
 print(len(rest), sorted(seen), multiprocessing.active_children())
-""")
+""",
+        moment,
+    )
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         os.killpg(process.pid, number)
     time.sleep(0.3)
     assert all(map(is_running, pids))
     out, err = process.communicate("\n", timeout=60)
-    assert out.split("\n")[0] == "14 [2, 10, 15] []", err
+    assert out.split("\n")[0] == f"{batches_left} [2, 10, 15] []", err
     assert process.returncode == 0
 
 
@@ -101,17 +106,22 @@ def test_workers_end_with_a_trainer_that_forgot_to_close(scene):
 def test_a_killed_worker_is_reported(scene):
     process, pids = scene("""
 try:
-    for epoch in range(100):
+    print("running", flush=True)
+    for epoch in range(1000):
         for batch in loader.epoch(epoch, 1 if epoch == 0 else 0):
             pass
 except RuntimeError as e:
     print(e)
 print(multiprocessing.active_children())
 """)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    process.stdout.readline()
     os.kill(pids[0], signal.SIGKILL)
-    out, err = process.communicate("\n", timeout=60)
-    told = f"{pids[0]}) is killed by signal" in out or "a worker was killed" in out
-    assert told and out.endswith("[]\n"), (out, err)
+    out, err = process.communicate(timeout=60)
+    # Who notices first: torch's handler of SIGCHLD, its look at a silent queue, or we at a broken connection.
+    told = ("is killed by signal", "exited unexpectedly", "a worker was killed")
+    assert any(text in out for text in told) and out.endswith("[]\n"), (out, err)
 
 
 def test_shared_memory_is_checked_before_the_start(monkeypatch):

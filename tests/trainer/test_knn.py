@@ -1,0 +1,115 @@
+"""k-NN accuracy against a slow vote, over ranks, and through the command line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from trainer_run import ROOT, TINY, environment, train
+
+from fastmim import cli
+from fastmim.evaluate.knn import NEIGHBORS, TEMPERATURE, raw_pixels, top1
+
+
+def slow_top1(train, train_labels, val, val_labels) -> float:
+    right = 0
+    for v, label in zip(val.double(), val_labels.tolist()):
+        cosine = [(torch.dot(v, t) / (v.norm() * t.norm())).item() for t in train.double()]
+        votes: dict[int, float] = {}
+        for i in sorted(range(len(cosine)), key=lambda i: -cosine[i])[:NEIGHBORS]:
+            votes[int(train_labels[i])] = votes.get(int(train_labels[i]), 0) + float(torch.tensor(cosine[i] / TEMPERATURE).exp())
+        right += max(votes, key=votes.get) == label
+    return right / len(val)
+
+
+@pytest.mark.parametrize(("n", "m", "d", "classes"), [(97, 31, 7, 4), (5, 9, 3, 2), (40, 1030, 5, 3)])
+def test_top1_equals_a_slow_vote(n, m, d, classes):
+    g = torch.Generator().manual_seed(n)
+    centers = torch.randn(classes, d, generator=g)
+    labels, val_labels = torch.randint(classes, (n,), generator=g), torch.randint(classes, (m,), generator=g)
+    x = centers[labels] + torch.randn(n, d, generator=g)
+    v = centers[val_labels] + torch.randn(m, d, generator=g)
+    assert top1(x, labels, v, val_labels) == pytest.approx(slow_top1(x, labels, v, val_labels), abs=1e-9)
+
+
+def test_top1_of_perfect_and_of_useless_features():
+    labels = torch.arange(300) % 10
+    one_hot = torch.nn.functional.one_hot(labels).float()
+    assert top1(one_hot, labels, one_hot, labels) == 1.0
+    assert top1(one_hot, labels, one_hot, (labels + 1) % 10) == 0.0
+
+
+def test_raw_pixels_are_standardized_thumbnails():
+    images = torch.randint(0, 256, (3, 3, 40, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    rows = raw_pixels(images)
+    assert rows.shape == (3, 3 * 24 * 24)
+    assert rows.mean(1).abs().max() < 1e-5
+    assert torch.allclose(rows.std(1), torch.ones(3), atol=1e-5)
+    assert raw_pixels(torch.full((1, 1, 8, 8), 7, dtype=torch.uint8)).isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def run_folder(images, tmp_path_factory):
+    out = tmp_path_factory.mktemp("knn") / "run"
+    done = train(["--method", "cmae", "--data", str(images), *TINY, "--steps", "2", "--out", str(out)])
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def printed(capsys, *argv: str) -> str:
+    assert cli.run(list(argv)) == 0
+    return capsys.readouterr().out.split("%")[0]
+
+
+def test_command_reads_run_checkpoint_and_encoder_alike(run_folder, images, capsys):
+    where = ["--data", str(images / "train"), "--val-data", str(images / "val"), "--precision", "fp32", "--workers", "0"]
+    checkpoint = next((run_folder / "checkpoints").glob("step-*"))
+    said = {printed(capsys, "knn", str(p), *where) for p in (run_folder, checkpoint, run_folder / "encoder.safetensors")}
+    assert len(said) == 1
+    assert 0 <= float(said.pop().split()[-1]) <= 100
+    assert printed(capsys, "knn", str(run_folder), *where, "--raw") != printed(capsys, "knn", str(run_folder), *where, "--limit", "1")
+
+
+def test_exported_encoder_is_the_checkpoint_encoder_and_describes_itself(run_folder):
+    from fastmim.export import load_encoder
+
+    weights = load_file(run_folder / "encoder.safetensors")
+    newest = run_folder / "checkpoints" / (run_folder / "checkpoints" / "LATEST").read_text().strip()
+    inside = load_file(newest / "model.safetensors")
+    assert weights and all(tensor.equal(inside[f"encoder.{name}"]) for name, tensor in weights.items())
+    encoder = load_encoder(run_folder / "encoder.safetensors")
+    assert (encoder.model.name, encoder.model.patch_size, encoder.position_order) == ("vit_tiny", 4, "row")
+    other = load_encoder(run_folder)
+    assert encoder.position.equal(other.position)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tensor file", None], ids=["empty", "text", "foreign"])
+def test_foreign_encoder_file_is_refused(tmp_path, content, capsys):
+    path = tmp_path / "encoder.safetensors"
+    if content is None:
+        save_file({"x": torch.zeros(1)}, path)
+    else:
+        path.write_bytes(content)
+    assert cli.run(["knn", str(path), "--data", "a", "--val-data", "b"]) == 2
+    assert str(path) in capsys.readouterr().err
+
+
+def test_features_of_two_ranks_are_those_of_one(tmp_path):
+    """Shares of unequal length are gathered in order, without the padding."""
+    script = tmp_path / "share.py"
+    script.write_text(
+        "from fastmim.boot import prepare_process; prepare_process()\n"
+        "import sys, torch\n"
+        "from fastmim import dist\n"
+        "from fastmim.evaluate.knn import extract\n"
+        "device = torch.device('cpu'); dist.start(device)\n"
+        "images = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1); labels = torch.arange(7) + 10\n"
+        "mine = slice(0, 4) if dist.rank() == 0 else slice(4, 7)\n"
+        "x, y = extract(lambda i: i.float().flatten(1), [(images[mine], labels[mine], labels[mine])], device)\n"
+        "assert x.flatten().tolist() == list(range(7)) and y.tolist() == list(range(10, 17)), (x, y)\n"
+        "dist.finish()\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
