@@ -127,14 +127,14 @@ class Session:
             finished = trainer.fit(self._periodics(trainer, out, display))
             if finished:
                 self._finish(out, display, loader)
-            return finished
         finally:
             display.close()
             loader.close()
             if directory is not None:
                 directory.close()
-            if dist.world_size() == 1:
-                dist.finish()
+        # Not after an error: the other ranks might never come to the farewell.
+        dist.finish()
+        return finished
 
     def _loader(self):
         config = self.config

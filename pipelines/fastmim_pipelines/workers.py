@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class Answers:
                 num_workers=workers,
                 prefetch_factor=PREFETCH,
                 timeout=timeout_s,
-                worker_init_fn=_settle_worker,
+                worker_init_fn=partial(_settle_worker, method != "forkserver"),
                 multiprocessing_context=method,
             )
         loader = DataLoader(
@@ -117,7 +118,7 @@ def _signals_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _settle_worker(worker_id: int) -> None:
+def _settle_worker(is_direct_child: bool, worker_id: int) -> None:
     """Leave signals to the trainer: it may want one more batch, and time to save, before it ends its workers itself."""
     for number in _IGNORED:
         signal.signal(number, signal.SIG_IGN)
@@ -128,7 +129,10 @@ def _settle_worker(worker_id: int) -> None:
     # A scheduler signals the whole process group: that TERM is the trainer's affair. The trainer's own TERM is an
     # order. Only a waiting thread learns who sent it; it also notices an orphaned worker, even one stuck in a decoder.
     signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
-    threading.Thread(target=_obey, args=(parent.pid, os.getppid()), daemon=True).start()
+    starter_pid = os.getppid()  # the trainer, or the fork server
+    if starter_pid != parent.pid if is_direct_child else not parent.is_alive():
+        os._exit(0)  # orphaned before it could note whose child it was
+    threading.Thread(target=_obey, args=(parent.pid, starter_pid), daemon=True).start()
 
 
 def _obey(trainer_pid: int, starter_pid: int) -> None:

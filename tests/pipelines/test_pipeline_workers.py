@@ -88,8 +88,9 @@ print(len(rest), sorted(seen), multiprocessing.active_children())
 
 
 @linux_only
-def test_workers_end_with_a_killed_trainer(scene):
-    process, pids = scene("")
+@pytest.mark.parametrize("moment", ["early", "later"])
+def test_workers_end_with_a_killed_trainer(scene, moment):
+    process, pids = scene("", moment)
     process.kill()
     wait_until_gone(pids, 10)
 
