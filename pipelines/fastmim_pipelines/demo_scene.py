@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from .demo_textures import FAMILIES, TextureBank, window
 
 _TAU = 2 * math.pi
+_GROUND_CONTRAST = 20.0  # as DemoSpec.contrast, of backgrounds
 _ASPECTS = (4 / 3, 4 / 3, 4 / 3, 3 / 4, 3 / 4, 3 / 2, 2 / 3, 1.0)  # width / height; landscape most often
 
 # (silhouette, texture) pairs: neither half names a class by its color or its size.
@@ -37,17 +38,19 @@ CLASSES: tuple[tuple[str, str], ...] = (
 class DemoSpec:
     """What the pictures look like. Lengths without a unit are fractions of the image's short side.
 
-    Defaults chosen by measurement; see the figures in the docstring of `fastmim_pipelines.demo`.
+    Defaults chosen by measurement (3,000 + 600 pictures, k-NN-20, chance 10 %): raw pixels (24 x 24, standardized) name
+    29 % of the classes, statistics of 32 Gabor filters 91 %: the class is there to be seen, but not in the pixels.
     """
 
     short_side_px: tuple[int, int] = (96, 176)  # uniform; the long side follows from the aspect, at most 264
-    object_radius: tuple[float, float] = (0.36, 0.52)
-    texture_span: tuple[float, float] = (2.0, 3.4)  # one texture tile (9-14 periods) covers this many short sides
-    tilt_rad: float = 0.6  # the object turns by at most this much either way
-    contrast: float = 300.0  # smallest L1 distance between an object's two colors, of 765
-    distractors: int = 2  # at most; irregular blobs with any texture
-    background_texture: float = 0.3  # chance that the background carries a texture, too
-    grain: tuple[float, float] = (1.0, 6.0)  # deviation of the sensor noise, gray levels
+    object_radius: tuple[float, float] = (0.42, 0.60)
+    texture_span: tuple[float, float] = (1.5, 2.2)  # one texture tile (9-14 periods) covers this many short sides
+    tilt_rad: float = math.pi  # the object turns by at most this much either way
+    contrast: float = 100.0  # smallest difference between the tones of an object's two colors, gray levels
+    saturation: float = 0.3  # of all colors: 1 would be as vivid as 8 bits allow
+    distractors: int = 1  # at most; irregular blobs with any texture
+    background_texture: float = 0.1  # chance that the background carries a texture, too
+    grain: tuple[float, float] = (1.0, 4.0)  # deviation of the sensor noise, gray levels
     quality: tuple[int, ...] = (85, 90, 93, 95)  # of the JPEG files
 
 
@@ -117,10 +120,11 @@ class Scene:
         low, high = self.spec.short_side_px
         short, aspect = int(rng.integers(low, high + 1)), float(rng.choice(_ASPECTS))
         size = (round(short * aspect), short) if aspect >= 1 else (short, round(short / aspect))
-        ground = _colorize(window(_pick(self.bank.rough, rng), size, short * rng.uniform(1, 4), rng), rng, 100, 0.6)
+        saturation = self.spec.saturation
+        ground = _colorize(window(_pick(self.bank.rough, rng), size, short * rng.uniform(1, 4), rng), rng, _GROUND_CONTRAST, saturation)
         if rng.random() < self.spec.background_texture:
             family = self.bank.textures[str(rng.choice(list(FAMILIES)))]
-            pattern = _colorize(window(_pick(family, rng), size, short * rng.uniform(1, 4), rng), rng, 100, 0.6)
+            pattern = _colorize(window(_pick(family, rng), size, short * rng.uniform(1, 4), rng), rng, _GROUND_CONTRAST, saturation)
             weight = window(_pick(self.bank.smooth, rng), size, short * rng.uniform(1, 3), rng)
             strength = rng.uniform(0.2, 0.7)
             ground.paste(pattern, mask=weight.point([int(strength * level) for level in range(256)]))
@@ -151,7 +155,7 @@ class Scene:
 
         span_px = short * rng.uniform(*self.spec.texture_span)
         surface = window(_pick(self.bank.textures[texture], rng), mask.size, span_px, rng)
-        colored = np.asarray(_colorize(surface, rng, self.spec.contrast), np.float32)
+        colored = np.asarray(_colorize(surface, rng, self.spec.contrast, self.spec.saturation), np.float32)
         slope_x, slope_y = rng.uniform(-0.35, 0.35, 2)
         ramp = np.linspace(-1, 1, 2 * half, dtype=np.float32)
         shaded = colored * (1 + slope_x * ramp[None, :] + slope_y * ramp[:, None])[..., None]
@@ -182,12 +186,12 @@ def _pick(images: list[Image.Image], rng: np.random.Generator) -> Image.Image:
     return images[rng.integers(len(images))]
 
 
-def _colorize(gray: Image.Image, rng: np.random.Generator, contrast: float, saturation: float = 1.0) -> Image.Image:
-    """Map gray levels to a ramp between two random colors `contrast` apart (L1, of 765), then desaturate."""
-    first, second = rng.uniform(20, 235, (2, 3))
-    while np.abs(first - second).sum() < contrast:
-        second = rng.uniform(20, 235, 3)
-    ramp = np.linspace(first, second, 256)
-    tone = ramp.mean(axis=1, keepdims=True)
-    ramp = (tone + saturation * (ramp - tone)).astype(np.uint8)
+def _colorize(gray: Image.Image, rng: np.random.Generator, contrast: float, saturation: float) -> Image.Image:
+    """Map gray levels to a ramp between two random colors whose tones are at least `contrast` gray levels apart."""
+    tones = rng.uniform(20, 235, 2)
+    while abs(tones[0] - tones[1]) < contrast:
+        tones = rng.uniform(20, 235, 2)
+    tints = rng.uniform(-110, 110, (2, 3))
+    ends = tones[:, None] + saturation * (tints - tints.mean(axis=1, keepdims=True))
+    ramp = np.clip(np.linspace(ends[0], ends[1], 256), 0, 255).astype(np.uint8)
     return Image.fromarray(ramp[np.asarray(gray)])

@@ -84,11 +84,11 @@ def _maze(rng: np.random.Generator) -> np.ndarray:
 
 
 def _wood(rng: np.random.Generator) -> np.ndarray:
-    return spectral_noise(rng, 2.0, stretch=14.0)
+    return spectral_noise(rng, 0.6, stretch=12.0)
 
 
 def _sand(rng: np.random.Generator) -> np.ndarray:
-    return band_noise(rng, 56, 0.25)
+    return band_noise(rng, 26, 0.3)
 
 
 def _bricks(rng: np.random.Generator) -> np.ndarray:

@@ -42,7 +42,7 @@ def test_flags_do_not_clash_with_launcher_prefixes(name):
 def test_defaults_are_the_demo_preset():
     config = parse_train([])
     assert (config.method, config.preset, config.model, config.options) == (
-        "cmae", "demo", "vit_tiny", cmae.PRESETS["demo"].options)  # fmt: skip
+        "cmae", "demo", "vit_pico", cmae.PRESETS["demo"].options)  # fmt: skip
 
 
 def test_data_selects_the_paper_preset():

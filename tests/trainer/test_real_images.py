@@ -59,5 +59,5 @@ def test_other_channel_counts_train(tmp_path, method, channels, size):
     assert done.returncode == 0, done.stderr
     assert "k-NN      not measured" in done.stdout
     weights = load_file(tmp_path / "run" / "encoder.safetensors")
-    assert weights["patch_embed.weight"].shape == (192, 16 * channels)
+    assert weights["patch_embed.weight"].shape == (128, 16 * channels)
     assert all(np.isfinite(losses(tmp_path / "run")))
