@@ -10,12 +10,12 @@ import time
 
 import pytest
 import torch
+from fastmim_pipelines import make_loader
 
 from fastmim.arguments import parse_train
 from fastmim.device import default_precision
 from fastmim.engine import base as engines
 from fastmim.methods import base as methods
-from fastmim_pipelines import make_loader
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # (method, model, image size, patch, batch): what fits the device in seconds.
@@ -65,9 +65,13 @@ def bench_step(case):
     for _ in range(WARMUP + STEPS):
         for variant in variants.values():
             variant.step()
-    print(f"\n{case[0]} {case[1]}/{case[3]} at {case[2]}, batch {case[4]}, {DEVICE.type}, torch {torch.__version__}, n={STEPS}")
+    print(
+        f"\n{case[0]} {case[1]}/{case[3]} at {case[2]}, batch {case[4]}, {DEVICE.type}, torch {torch.__version__}, n={STEPS}"
+    )
     baseline = statistics.median(variants["fp32"].seconds[WARMUP:])
     for precision, variant in variants.items():
         assert math.isfinite(float(variant.loss)), "no speed for a wrong loss"
         median = statistics.median(variant.seconds[WARMUP:])
-        print(f"  {precision}: {variant.batch_size / median:8.1f} img/s  {1e3 * median:8.1f} ms  {baseline / median:5.2f} x fp32")
+        print(
+            f"  {precision}: {variant.batch_size / median:8.1f} img/s  {1e3 * median:8.1f} ms  {baseline / median:5.2f} x fp32"
+        )

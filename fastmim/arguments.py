@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,14 +28,16 @@ def parse_train(argv: list[str]) -> TrainConfig:
     layers = [argv]
     files = _values(argv, "--config")
     argv[:] = _without(argv, "--config")
-    method, out, resume = _value(argv, "--method"), _value(argv, "--out"), _value(argv, "--resume")
+    out, resume = _value(argv, "--out"), _value(argv, "--resume")
     for file in files:
         layers.insert(0, _file_tokens(Path(file)))
     if resume is not None:
-        run = Path(out) if out is not None else newest_run(_value(sum(layers, []), "--method") or TrainConfig.method)
+        run = (
+            Path(out) if out is not None else newest_run(_value(list(chain(*layers)), "--method") or TrainConfig.method)
+        )
         if run is not None and (run / CONFIG_FILE).is_file():
             layers.insert(0, [*_without(_file_tokens(run / CONFIG_FILE), "--resume"), "--out", str(run)])
-    flat = sum(layers, [])
+    flat = list(chain(*layers))
     method = _value(flat, "--method") or TrainConfig.method
     module = find(method)
     default = _with_preset(module.PRESETS, flat, method)
@@ -49,7 +52,10 @@ def parse_train(argv: list[str]) -> TrainConfig:
 
 def flag_names(method: str) -> list[str]:
     """All flags of `fastmim train --method <method>`; a test freezes them."""
-    names = ["--config", *(f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(TrainConfig) if f.name != "options")]
+    names = [
+        "--config",
+        *(f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(TrainConfig) if f.name != "options"),
+    ]
     return sorted(names + list(_option_flags(find(method).Config, f"--{method}")))
 
 
@@ -84,7 +90,7 @@ def _normalized(argv: list[str]) -> Iterator[str]:
 
 
 def _values(argv: list[str], flag: str) -> list[str]:
-    return [value for name, value in zip(argv, argv[1:]) if name == flag]
+    return [value for name, value in pairwise(argv) if name == flag]
 
 
 def _value(argv: list[str], flag: str) -> str | None:

@@ -52,11 +52,12 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _train(argv: list[str]) -> int:
+    from fastmim_pipelines.spec import DataError
+
     from fastmim.arguments import parse_train
     from fastmim.checkpoint import CheckpointError
     from fastmim.session import Session
     from fastmim.trainer import NonFiniteError
-    from fastmim_pipelines.spec import DataError
 
     try:
         session = Session(parse_train(argv))

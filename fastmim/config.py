@@ -103,7 +103,7 @@ class TrainConfig:
     method: str = "cmae"
     """Training method: the name of a module in fastmim/methods."""
     preset: str = "demo"
-    """Defaults of all other options: `demo` (minutes on a CPU) or `paper` (the published recipe). Default: `paper` with --data, else `demo`."""
+    """Defaults of the other options: `demo` (minutes on a CPU) or `paper` (published recipe; the default with --data)."""
     model: ModelName = "vit_base"
     """Size of the encoder."""
     image_size: int | tuple[int, int] = 224
@@ -117,7 +117,7 @@ class TrainConfig:
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel. Default: ImageNet's for 3 channels, else 0.25."""
     data: Path | None = None
-    """Folder of training images (any depth; class folders are used for k-NN only), or one with train/ and val/ inside."""
+    """Folder of training images (any depth; labels serve k-NN only), or one with train/ and val/ inside."""
     val_data: Path | None = None
     """Folder of validation images, one folder per class: k-NN accuracy is measured on it."""
     loader: str = "auto"
@@ -161,7 +161,7 @@ class TrainConfig:
     out: Path | None = None
     """Run directory. Default: runs/<method>-<time>."""
     resume: str | None = None
-    """Continue the run in --out from its newest valid checkpoint, or from the given step; `auto` starts anew if there is none."""
+    """Continue the run in --out from its newest checkpoint or a given step; `auto` starts anew if there is none."""
     save_every: str = "1ep"
     """Checkpoint interval, as "1ep" or "500st"."""
     keep: int = 2

@@ -31,7 +31,9 @@ def default_precision(device: torch.device) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "the GPU has it"
         return "fp32", "the GPU has no bf16; --precision fp16 is possible"
-    if any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")):
+    if any(
+        getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    ):
         return "bf16", "the CPU has AMX or AVX512_BF16"
     return "fp32", "the CPU has no bf16 instructions"
 

@@ -22,7 +22,8 @@ class RandomPolicy:
 class CellPolicy:
     """Random cells of `cell` x `cell` patches, an exact number per image.
 
-    Source: ZhichengHuang/CMAE backbones/cmae_vit.py `random_masking`: 17 of 49 cells of 2 x 2 patches stay visible at ratio 0.65.
+    Source: ZhichengHuang/CMAE backbones/cmae_vit.py `random_masking`: 17 of 49 cells of 2 x 2 patches stay visible at
+    ratio 0.65.
     """
 
     def __init__(self, model: ModelSpec, mask_ratio: float, cell: int):

@@ -136,7 +136,9 @@ class Display:
     def say(self, text: str) -> None:
         """A line that stays."""
         if self.enabled:
-            self.progress.console.print(text, highlight=False, markup=False) if self.progress else print(text, flush=True)
+            self.progress.console.print(text, highlight=False, markup=False) if self.progress else print(
+                text, flush=True
+            )
 
     def step(self, step: int) -> None:
         if self.progress:

@@ -10,7 +10,9 @@ sys.path[:] = [p for p in sys.path if os.path.abspath(p or os.getcwd()) != HERE]
 try:
     import fastmim
 except ModuleNotFoundError:
-    sys.exit(f"fastmim is not installed in {sys.executable}: run `make setup`, or `pip install -e {os.path.dirname(HERE)}`")
+    sys.exit(
+        f"fastmim is not installed in {sys.executable}: run `make setup`, or `pip install -e {os.path.dirname(HERE)}`"
+    )
 
 if os.path.realpath(os.path.dirname(fastmim.__file__)) != os.path.realpath(HERE):
     print(

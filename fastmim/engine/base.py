@@ -99,7 +99,9 @@ class Precise(nn.Module):
 TRAINING_BYTES = 16
 
 
-def choose(wanted: str, zero: int | None, world: int, parameters: int, device_bytes: int | None) -> tuple[str, int, str]:
+def choose(
+    wanted: str, zero: int | None, world: int, parameters: int, device_bytes: int | None
+) -> tuple[str, int, str]:
     """Picks an engine.
 
     Args:

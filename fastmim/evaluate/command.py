@@ -53,7 +53,5 @@ def knn(
         if index.labels is None:
             raise ConfigError(f"{flag}: expected one folder per class below {index.root}, got images without a class")
     function = raw_pixels if raw else features
-    accuracy = measure(
-        function, train, val, encoder.model, place, batch_size=batch_size, workers=workers, limit=limit
-    )
+    accuracy = measure(function, train, val, encoder.model, place, batch_size=batch_size, workers=workers, limit=limit)
     print(f"k-NN top-1: {100 * accuracy:.2f} % ({len(val)} validation images, {limit or len(train)} training images)")

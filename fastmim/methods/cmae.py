@@ -158,8 +158,8 @@ PRESETS = {
             reconstruct_every="28ep",
         ),
         Config(
-            mask_ratio=0.5, mask_cell=1, crop_scale=(0.4, 1.0), pixel_decoder_depth=2, feature_decoder_depth=1, decoder_width=128,
-            decoder_heads=4, head_hidden=512, head_out=128, temperature=0.1, contrast_weight=5.0, pixel_weight=0.3,
+            mask_ratio=0.5, mask_cell=1, crop_scale=(0.4, 1.0), pixel_decoder_depth=2, feature_decoder_depth=1,
+            decoder_width=128, decoder_heads=4, head_hidden=512, head_out=128, temperature=0.1, contrast_weight=5.0, pixel_weight=0.3,
             momentum=0.97,
             color=ColorConfig(brightness=0.6, contrast=0.6, saturation=0.6, hue=0.2, grey_probability=0.5,
                               blur_probability=0.0),

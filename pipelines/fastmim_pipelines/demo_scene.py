@@ -121,10 +121,14 @@ class Scene:
         short, aspect = int(rng.integers(low, high + 1)), float(rng.choice(_ASPECTS))
         size = (round(short * aspect), short) if aspect >= 1 else (short, round(short / aspect))
         saturation = self.spec.saturation
-        ground = _colorize(window(_pick(self.bank.rough, rng), size, short * rng.uniform(1, 4), rng), rng, _GROUND_CONTRAST, saturation)
+        ground = _colorize(
+            window(_pick(self.bank.rough, rng), size, short * rng.uniform(1, 4), rng), rng, _GROUND_CONTRAST, saturation
+        )
         if rng.random() < self.spec.background_texture:
             family = self.bank.textures[str(rng.choice(list(FAMILIES)))]
-            pattern = _colorize(window(_pick(family, rng), size, short * rng.uniform(1, 4), rng), rng, _GROUND_CONTRAST, saturation)
+            pattern = _colorize(
+                window(_pick(family, rng), size, short * rng.uniform(1, 4), rng), rng, _GROUND_CONTRAST, saturation
+            )
             weight = window(_pick(self.bank.smooth, rng), size, short * rng.uniform(1, 3), rng)
             strength = rng.uniform(0.2, 0.7)
             ground.paste(pattern, mask=weight.point([int(strength * level) for level in range(256)]))

@@ -11,20 +11,80 @@ from fastmim.methods import base, cmae, mae
 from fastmim.run_directory import CONFIG_FILE
 
 # Scripts rely on these. Adding a flag means adding it here; removing or renaming one breaks users.
-FROZEN = """
---accumulate --base-lr --batch-size --betas --clip --config --data --device --dry-run --engine --epochs --image-size
---in-chans --keep --knn-every --loader --log-every --lr --mean --method --model --on-bad-image --out --patch-size
---precision --preset --reconstruct-every --resume --save-every --seed --std --steps --tracker --val-data --warmup
---warmup-start --weight-decay --workers --zero
-""".split()
+FROZEN = [
+    "--accumulate",
+    "--base-lr",
+    "--batch-size",
+    "--betas",
+    "--clip",
+    "--config",
+    "--data",
+    "--device",
+    "--dry-run",
+    "--engine",
+    "--epochs",
+    "--image-size",
+    "--in-chans",
+    "--keep",
+    "--knn-every",
+    "--loader",
+    "--log-every",
+    "--lr",
+    "--mean",
+    "--method",
+    "--model",
+    "--on-bad-image",
+    "--out",
+    "--patch-size",
+    "--precision",
+    "--preset",
+    "--reconstruct-every",
+    "--resume",
+    "--save-every",
+    "--seed",
+    "--std",
+    "--steps",
+    "--tracker",
+    "--val-data",
+    "--warmup",
+    "--warmup-start",
+    "--weight-decay",
+    "--workers",
+    "--zero",
+]
 FROZEN_OPTIONS = {
-    "mae": """--mae.crop-scale --mae.decoder-depth --mae.decoder-heads --mae.decoder-width --mae.mask-ratio
-        --mae.norm-pix""".split(),
-    "cmae": """--cmae.color.blur-probability --cmae.color.blur-sigma --cmae.color.brightness --cmae.color.contrast
-        --cmae.color.grey-probability --cmae.color.hue --cmae.color.jitter-probability --cmae.color.saturation
-        --cmae.contrast-weight --cmae.crop-scale --cmae.decoder-heads --cmae.decoder-width
-        --cmae.feature-decoder-depth --cmae.head-hidden --cmae.head-out --cmae.mask-cell --cmae.mask-ratio
-        --cmae.momentum --cmae.pixel-decoder-depth --cmae.pixel-weight --cmae.shift --cmae.temperature""".split(),
+    "mae": [
+        "--mae.crop-scale",
+        "--mae.decoder-depth",
+        "--mae.decoder-heads",
+        "--mae.decoder-width",
+        "--mae.mask-ratio",
+        "--mae.norm-pix",
+    ],
+    "cmae": [
+        "--cmae.color.blur-probability",
+        "--cmae.color.blur-sigma",
+        "--cmae.color.brightness",
+        "--cmae.color.contrast",
+        "--cmae.color.grey-probability",
+        "--cmae.color.hue",
+        "--cmae.color.jitter-probability",
+        "--cmae.color.saturation",
+        "--cmae.contrast-weight",
+        "--cmae.crop-scale",
+        "--cmae.decoder-heads",
+        "--cmae.decoder-width",
+        "--cmae.feature-decoder-depth",
+        "--cmae.head-hidden",
+        "--cmae.head-out",
+        "--cmae.mask-cell",
+        "--cmae.mask-ratio",
+        "--cmae.momentum",
+        "--cmae.pixel-decoder-depth",
+        "--cmae.pixel-weight",
+        "--cmae.shift",
+        "--cmae.temperature",
+    ],
 }
 
 
@@ -61,8 +121,33 @@ def test_huge_model_brings_its_patch_size():
 
 def test_values_are_typed():
     config = parse_train(
-        "--image-size 32 48 --mean 0.1 0.2 --std 1 2 --in-chans 2 --cmae.temperature 0.2 --cmae.shift 3 "
-        "--cmae.color.blur-sigma 0.2 0.3 --steps 7 --zero 2 --clip 1 --dry-run".split()
+        [
+            "--image-size",
+            "32",
+            "48",
+            "--mean",
+            "0.1",
+            "0.2",
+            "--std",
+            "1",
+            "2",
+            "--in-chans",
+            "2",
+            "--cmae.temperature",
+            "0.2",
+            "--cmae.shift",
+            "3",
+            "--cmae.color.blur-sigma",
+            "0.2",
+            "0.3",
+            "--steps",
+            "7",
+            "--zero",
+            "2",
+            "--clip",
+            "1",
+            "--dry-run",
+        ]
     )
     assert config.image_size == (32, 48)
     assert (config.mean, config.std) == ((0.1, 0.2), (1.0, 2.0))
@@ -114,7 +199,9 @@ def test_unknown_method_preset_and_file(argv, words):
 def test_config_file_overlays_the_preset_and_flags_overlay_the_file(tmp_path):
     file = tmp_path / "mine.yaml"
     # 1e-3 without a dot is a string to YAML; it must still arrive as a number.
-    file.write_text("lr: 1e-3\nbatch_size: 32\nsteps: 9\nimage-size: [32, 48]\ncmae: {temperature: 0.5, color: {hue: 0.2}}\n")
+    file.write_text(
+        "lr: 1e-3\nbatch_size: 32\nsteps: 9\nimage-size: [32, 48]\ncmae: {temperature: 0.5, color: {hue: 0.2}}\n"
+    )
     config = parse_train(["--config", str(file), "--batch-size", "16"])
     assert (config.lr, config.batch_size, config.steps, config.epochs) == (1e-3, 16, 9, None)
     assert (config.image_size, config.options.temperature, config.options.color.hue) == ((32, 48), 0.5, 0.2)
@@ -129,7 +216,9 @@ def test_config_file_with_unknown_key_is_an_error(tmp_path):
 
 
 def test_resume_reads_the_run_own_config(tmp_path):
-    original = parse_train(["--method", "mae", "--data", "photos", "--steps", "5", "--mae.mask-ratio", "0.5", "--lr", "0.1"])
+    original = parse_train(
+        ["--method", "mae", "--data", "photos", "--steps", "5", "--mae.mask-ratio", "0.5", "--lr", "0.1"]
+    )
     run = tmp_path / "run"
     run.mkdir()
     (run / CONFIG_FILE).write_text(yaml.safe_dump(to_plain(original)))

@@ -18,7 +18,9 @@ def slow_top1(train, train_labels, val, val_labels) -> float:
         cosine = [(torch.dot(v, t) / (v.norm() * t.norm())).item() for t in train.double()]
         votes: dict[int, float] = {}
         for i in sorted(range(len(cosine)), key=lambda i: -cosine[i])[:NEIGHBORS]:
-            votes[int(train_labels[i])] = votes.get(int(train_labels[i]), 0) + float(torch.tensor(cosine[i] / TEMPERATURE).exp())
+            votes[int(train_labels[i])] = votes.get(int(train_labels[i]), 0) + float(
+                torch.tensor(cosine[i] / TEMPERATURE).exp()
+            )
         right += max(votes, key=votes.get) == label
     return right / len(val)
 
@@ -63,12 +65,25 @@ def printed(capsys, *argv: str) -> str:
 
 
 def test_command_reads_run_checkpoint_and_encoder_alike(run_folder, images, capsys):
-    where = ["--data", str(images / "train"), "--val-data", str(images / "val"), "--precision", "fp32", "--workers", "0"]
+    where = [
+        "--data",
+        str(images / "train"),
+        "--val-data",
+        str(images / "val"),
+        "--precision",
+        "fp32",
+        "--workers",
+        "0",
+    ]
     checkpoint = next((run_folder / "checkpoints").glob("step-*"))
-    said = {printed(capsys, "knn", str(p), *where) for p in (run_folder, checkpoint, run_folder / "encoder.safetensors")}
+    said = {
+        printed(capsys, "knn", str(p), *where) for p in (run_folder, checkpoint, run_folder / "encoder.safetensors")
+    }
     assert len(said) == 1
     assert 0 <= float(said.pop().split()[-1]) <= 100
-    assert printed(capsys, "knn", str(run_folder), *where, "--raw") != printed(capsys, "knn", str(run_folder), *where, "--limit", "1")
+    assert printed(capsys, "knn", str(run_folder), *where, "--raw") != printed(
+        capsys, "knn", str(run_folder), *where, "--limit", "1"
+    )
 
 
 def test_exported_encoder_is_the_checkpoint_encoder_and_describes_itself(run_folder):

@@ -32,7 +32,9 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             if node.level:
-                found.add(path.relative_to(ROOT).parts[1] if path.relative_to(ROOT).parts[0] != "fastmim" else "fastmim")
+                found.add(
+                    path.relative_to(ROOT).parts[1] if path.relative_to(ROOT).parts[0] != "fastmim" else "fastmim"
+                )
             elif node.module == "fastmim":
                 found |= {f"fastmim.{alias.name}" for alias in node.names}
             else:

@@ -73,7 +73,13 @@ def test_run_directory_holds_what_is_promised(images, tmp_path):
         assert r["images_per_s"] == pytest.approx(8 * 1000 / r["step_ms"], rel=1e-6)
     assert [r["step"] for r in records if "knn_top1" in r] == [0, 3, 6]
     assert "knn_top1_raw_pixels" in records[0]
-    for word in ("method ", "engine    single: one process", "loader    folder", "kernels   reference", "device    cpu"):
+    for word in (
+        "method ",
+        "engine    single: one process",
+        "loader    folder",
+        "kernels   reference",
+        "device    cpu",
+    ):
         assert word in done.stdout
 
 
