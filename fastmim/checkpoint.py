@@ -19,7 +19,9 @@ SCHEMA = 1
 
 
 class CheckpointError(Exception):
-    """No checkpoint, or not one that may be trusted; exit code 3."""
+    """No checkpoint, or not one that may be trusted."""
+
+    exit_code = 3
 
 
 def folder_name(step: int) -> str:

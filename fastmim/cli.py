@@ -16,9 +16,9 @@ USAGE = """fastmim COMMAND ...
 
 `fastmim COMMAND --help` lists the options."""
 
-# Exit codes: 0 done, 2 usage, 3 no valid checkpoint, 4 bad data, 5 non-finite, 6 storage, 75 saved on a signal.
-# DataError brings its own: 2 or 4.
-USAGE_ERROR, NO_CHECKPOINT, NON_FINITE, STORAGE_ERROR, SAVED_ON_SIGNAL = 2, 3, 5, 6, 75
+# Exit codes: 0 done, 2 usage, 3 no valid checkpoint, 4 bad data, 5 non-finite, 6 storage, 75 saved on a signal. Errors
+# carry theirs as `exit_code`.
+USAGE_ERROR, NO_CHECKPOINT, STORAGE_ERROR, SAVED_ON_SIGNAL = 2, 3, 6, 75
 
 
 def run(argv: list[str]) -> int:
@@ -34,10 +34,13 @@ def run(argv: list[str]) -> int:
                                  f"{nearest(argv[0], list(commands))}"), USAGE_ERROR)  # fmt: skip
     try:
         return commands[argv[0]](argv[1:])
-    except ConfigError as e:
-        return _fail(e, USAGE_ERROR)
     except OSError as e:
         return _fail(e, STORAGE_ERROR)
+    except Exception as e:
+        # Errors that a user can cause say how the process shall end; anything else is a defect, with its traceback.
+        if not hasattr(e, "exit_code"):
+            raise
+        return _fail(e, e.exit_code)
 
 
 def _fail(error: Exception, code: int) -> int:
@@ -52,22 +55,10 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from fastmim_pipelines.spec import DataError
-
     from fastmim.arguments import parse_train
-    from fastmim.checkpoint import CheckpointError
     from fastmim.session import Session
-    from fastmim.trainer import NonFiniteError
 
-    try:
-        session = Session(parse_train(argv))
-        return 0 if session.run() else SAVED_ON_SIGNAL
-    except CheckpointError as e:
-        return _fail(e, NO_CHECKPOINT)
-    except DataError as e:
-        return _fail(e, e.exit_code)
-    except NonFiniteError as e:
-        return _fail(e, NON_FINITE)
+    return 0 if Session(parse_train(argv)).run() else SAVED_ON_SIGNAL
 
 
 def _knn(argv: list[str]) -> int:

@@ -18,7 +18,9 @@ ModelName = Literal["vit_pico", "vit_tiny", "vit_small", "vit_base", "vit_large"
 
 
 class ConfigError(Exception):
-    """A mistake in what the user asked for: printed as one line, exit code 2."""
+    """A mistake in what the user asked for: printed as one line."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,9 @@ FIXED = ("method", "model", "image_size", "patch_size", "in_chans", "batch_size"
 
 
 class NonFiniteError(Exception):
-    """The loss or the gradient stopped being finite; exit code 5."""
+    """The loss or the gradient stopped being finite."""
+
+    exit_code = 5
 
 
 class Periodic(NamedTuple):

@@ -1,11 +1,13 @@
 """Mistakes that a user will make: one clear line, the right exit code, nothing written, no device touched."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 from trainer_run import ROOT, TINY, environment, train, write_images
 
 from fastmim import cli
@@ -132,3 +134,17 @@ def test_both_ranks_fail_with_one_line(images, tmp_path):
     assert done.returncode != 0
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_non_finite_gradients_touch_no_weight_and_end_with_5(images, tmp_path, precision):
+    """A learning rate that blows up: the steps after it are skipped on the device, counted, and then the run ends."""
+    out = tmp_path / "run"
+    done = train(["--method", "mae", "--data", str(images / "train"), *TINY, "--steps", "60", "--lr", "1e25",
+                  "--log-every", "3", "--save-every", "1", "--precision", precision, "--out", str(out)])  # fmt: skip
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "skipped for a non-finite gradient" in done.stderr
+    skipped = [json.loads(line)["skipped_steps"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert sum(skipped) >= 6
+    newest = out / "checkpoints" / (out / "checkpoints" / "LATEST").read_text().strip()
+    assert all(tensor.isfinite().all() for tensor in load_file(newest / "model.safetensors").values())
