@@ -11,7 +11,6 @@ from fastmim_pipelines import make_loader
 from fastmim_pipelines.demo import write_demo
 from fastmim_pipelines.evaluation import EvalReader
 from fastmim_pipelines.index import FolderIndex
-from fastmim_pipelines.spec import Batch
 
 from fastmim import dist
 from fastmim.config import ConfigError, TrainConfig, to_plain
@@ -209,23 +208,22 @@ class Session:
     def _pictures(self, out: Path, step: int) -> dict[str, float]:
         if self.val_index is None and self.train_index is None:
             return {}
-        batch = self._picture_batch()
+        images, ids = self._picture_images()
         rng = torch.tensor([self.config.seed, 0], device=self.device)
         with self.engine.whole(), self.engine.autocast():
-            pictures = self.method.reconstruct(batch, rng)
+            pictures = self.method.reconstruct(images, ids, rng)
         if pictures is not None and dist.is_main():
             write_pictures(pictures, out / "reconstructions" / f"step-{step:07d}.png")
         return {}
 
-    def _picture_batch(self) -> Batch:
+    def _picture_images(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The same few images every time, on every rank."""
         index = self.val_index or self.train_index
         reader = EvalReader(
-            index, self.crops[0].size, batch_size=PICTURES, in_chans=self.config.in_chans, workers=0, limit=PICTURES
+            index, self.model.image_size, batch_size=PICTURES, in_chans=self.config.in_chans, workers=0, limit=PICTURES
         )
         images, _, ids = next(iter(reader))
-        images = images.to(self.device)
-        return Batch((images,) * len(self.crops), ids.to(self.device))
+        return images.to(self.device), ids.to(self.device)
 
     def _finish(self, out: Path, display: Display, loader) -> None:
         with self.engine.whole():

@@ -81,8 +81,13 @@ class Method(nn.Module):
         """Whether weight decay spares a parameter. Default: vectors and biases, timm's rule."""
         return parameter.ndim <= 1
 
-    def reconstruct(self, batch: Batch, rng: Tensor) -> Reconstruction | None:
-        """Pictures of the view, of what the encoder sees, and of the reconstruction; None if there are none."""
+    def reconstruct(self, images: Tensor, ids: Tensor, rng: Tensor) -> Reconstruction | None:
+        """Pictures of whole images, of what the encoder sees of them, and of the reconstruction; None if it has none.
+
+        Args:
+            images: (B, C, H, W) uint8 of the model's size.
+            ids: (B,) sample ids, which with `rng` choose the masks.
+        """
         return None
 
     def export(self) -> dict[str, Tensor]:

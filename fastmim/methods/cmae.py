@@ -81,12 +81,10 @@ class CMAE(Method):
         start_target(self.encoder, self.target_encoder)
         start_target(self.projector, self.target_projector)
 
-    def _online(self, batch: Batch, rng: Tensor) -> tuple[Tensor, MaskPlan, dict]:
-        # The online view is the master crop's top-left corner: only the target view moves (ShiftPixel with pixel=0).
-        window = dict(size=self.model.image_size, flip=random_flip(rng, batch.ids))
-        plan = self.mask(rng, batch.ids)
-        visible = self.pixels.patches(batch.crops[0], plan.ids_keep, **window)
-        return self.encoder(visible, plan.ids_keep), plan, window
+    def _encode(self, images: Tensor, ids: Tensor, rng: Tensor, **window: object) -> tuple[Tensor, MaskPlan]:
+        plan = self.mask(rng, ids)
+        visible = self.pixels.patches(images, plan.ids_keep, **window)
+        return self.encoder(visible, plan.ids_keep), plan
 
     @torch.no_grad()
     def _target(self, batch: Batch, rng: Tensor, window: dict) -> Tensor:
@@ -100,7 +98,9 @@ class CMAE(Method):
         return F.normalize(self.target_projector(tokens[:, 1:].mean(1)).float(), dim=-1)
 
     def forward(self, batch: Batch, rng: Tensor) -> StepOutput:
-        latent, plan, window = self._online(batch, rng)
+        # The online view is the master crop's top-left corner: only the target view moves (ShiftPixel with pixel=0).
+        window = dict(size=self.model.image_size, flip=random_flip(rng, batch.ids))
+        latent, plan = self._encode(batch.crops[0], batch.ids, rng, **window)
         pred = self.pixel_decoder(latent, plan.ids_restore, plan.ids_masked)
         pixel = self.config.pixel_weight * self.pixels.loss(pred, batch.crops[0], plan.ids_masked, **window)
 
@@ -133,9 +133,9 @@ class CMAE(Method):
             return True
         return ".norm" in name
 
-    def reconstruct(self, batch: Batch, rng: Tensor) -> Reconstruction:
-        latent, plan, window = self._online(batch, rng)
-        return self.pixels.picture(self.pixel_decoder(latent, plan.ids_restore), batch.crops[0], plan, **window)
+    def reconstruct(self, images: Tensor, ids: Tensor, rng: Tensor) -> Reconstruction:
+        latent, plan = self._encode(images, ids, rng)
+        return self.pixels.picture(self.pixel_decoder(latent, plan.ids_restore), images, plan)
 
 
 METHOD = CMAE

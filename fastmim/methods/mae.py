@@ -47,21 +47,21 @@ class MAE(Method):
         self.encoder = Encoder(model)
         self.decoder = Decoder(model, spec, model.patch_values)
 
-    def _encode(self, batch: Batch, rng: Tensor) -> tuple[Tensor, MaskPlan, Tensor]:
-        flip = random_flip(rng, batch.ids)
-        plan = self.mask(rng, batch.ids)
-        visible = self.pixels.patches(batch.crops[0], plan.ids_keep, flip=flip)
-        return self.encoder(visible, plan.ids_keep), plan, flip
+    def _encode(self, images: Tensor, ids: Tensor, rng: Tensor, **window: object) -> tuple[Tensor, MaskPlan]:
+        plan = self.mask(rng, ids)
+        visible = self.pixels.patches(images, plan.ids_keep, **window)
+        return self.encoder(visible, plan.ids_keep), plan
 
     def forward(self, batch: Batch, rng: Tensor) -> StepOutput:
-        latent, plan, flip = self._encode(batch, rng)
+        flip = random_flip(rng, batch.ids)
+        latent, plan = self._encode(batch.crops[0], batch.ids, rng, flip=flip)
         pred = self.decoder(latent, plan.ids_restore, plan.ids_masked)
         loss = self.pixels.loss(pred, batch.crops[0], plan.ids_masked, flip=flip)
         return StepOutput(loss, {"pixel": loss.detach()})
 
-    def reconstruct(self, batch: Batch, rng: Tensor) -> Reconstruction:
-        latent, plan, flip = self._encode(batch, rng)
-        return self.pixels.picture(self.decoder(latent, plan.ids_restore), batch.crops[0], plan, flip=flip)
+    def reconstruct(self, images: Tensor, ids: Tensor, rng: Tensor) -> Reconstruction:
+        latent, plan = self._encode(images, ids, rng)
+        return self.pixels.picture(self.decoder(latent, plan.ids_restore), images, plan)
 
 
 METHOD = MAE

@@ -37,6 +37,12 @@ def small(monkeypatch):
     monkeypatch.setitem(SIZES, "vit_tiny", Size(*SMALL))
 
 
+def encode(method, batch, rng):
+    """(latent, plan, flips) of the training view."""
+    flip = torch.tensor(draw_flips(rng, batch.ids))
+    return *method._encode(batch.crops[0], batch.ids, rng, flip=flip), flip
+
+
 def build(shape=SHAPES[0], seed=0, **options):
     torch.manual_seed(seed)
     method = mae.MAE(model_spec(*shape), mae.Config(**(DECODER | options)))
@@ -183,7 +189,7 @@ def test_mae_loss_ignores_predictions_on_visible_patches(small):
     """All rows predicted, those on visible patches spoilt: the masked mean over all rows is the method's loss."""
     method = build()
     batch, rng = make_batch(method), make_rng()
-    latent, plan, flip = method._encode(batch, rng)
+    latent, plan, flip = encode(method, batch, rng)
     full = method.decoder(latent, plan.ids_restore).detach().double()
     full[plan.mask == 0] = 1e6
     m = method.model
@@ -197,7 +203,7 @@ def test_mae_encoder_sees_visible_pixels_only_and_targets_are_masked_pixels_only
     """Noise in the masked patches leaves the latent as it is; noise in the visible ones leaves the targets."""
     method = build()
     batch, rng = make_batch(method), make_rng()
-    latent, plan, flip = method._encode(batch, rng)
+    latent, plan, flip = encode(method, batch, rng)
     pred = method.decoder(latent, plan.ids_restore, plan.ids_masked)
     is_masked = plan.mask.view(-1, 1, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3).bool()
     is_masked = torch.where(flip.view(-1, 1, 1, 1), is_masked.flip(3), is_masked)
@@ -205,8 +211,8 @@ def test_mae_encoder_sees_visible_pixels_only_and_targets_are_masked_pixels_only
     noise = torch.randint(0, 256, crop.shape, dtype=torch.uint8)
     spoilt_masked = torch.where(is_masked, noise, crop)
     spoilt_visible = torch.where(is_masked, crop, noise)
-    assert torch.equal(method._encode(Batch((spoilt_masked,), batch.ids), rng)[0], latent)
-    assert not torch.equal(method._encode(Batch((spoilt_visible,), batch.ids), rng)[0], latent)
+    assert torch.equal(encode(method, Batch((spoilt_masked,), batch.ids), rng)[0], latent)
+    assert not torch.equal(encode(method, Batch((spoilt_visible,), batch.ids), rng)[0], latent)
     loss = method.pixels.loss(pred, crop, plan.ids_masked, flip=flip)
     assert torch.equal(method.pixels.loss(pred, spoilt_visible, plan.ids_masked, flip=flip), loss)
     assert not torch.equal(method.pixels.loss(pred, spoilt_masked, plan.ids_masked, flip=flip), loss)
@@ -330,11 +336,12 @@ def test_mae_overfits_32_images(monkeypatch):
 def test_mae_pictures_show_view_mask_and_prediction(small, normalize):
     method = build(norm_pix=normalize)
     batch, rng = make_batch(method, 2), make_rng()
-    latent, plan, flips = method._encode(batch, rng)
+    plan = method.mask(rng, batch.ids)
+    latent = method.encoder(method.pixels.patches(batch.crops[0], plan.ids_keep), plan.ids_keep)
     pred = method.decoder(latent, plan.ids_restore).double()
-    pictures = method.reconstruct(batch, rng)
-    m = method.model
-    for i, flip in enumerate(flips.tolist()):
+    pictures = method.reconstruct(batch.crops[0], batch.ids, rng)
+    m, flip = method.model, False
+    for i in range(len(batch.ids)):
         view = cut_view(batch.crops[0][i], m.image_size, 0, 0, flip, (0,) * 3, (1,) * 3)
         torch.testing.assert_close(pictures.view[i].double(), view, rtol=0, atol=1e-5)
         rows = patch_rows(cut_view(batch.crops[0][i], m.image_size, 0, 0, flip, m.mean, m.std), 4)
