@@ -45,8 +45,8 @@ def test_count_kept_suggests_the_largest_ratio():
 @pytest.mark.parametrize(
     ("changes", "world", "words"),
     [
-        ({"image_size": 100}, 1, "divisible by the patch size 8, got 100; take 96 or 104"),
-        ({"image_size": (64, 60)}, 1, "width divisible by the patch size 8, got 60"),
+        ({"image_size": 100, "patch_size": 8}, 1, "divisible by the patch size 8, got 100; take 96 or 104"),
+        ({"image_size": (64, 60), "patch_size": 8}, 1, "width divisible by the patch size 8, got 60"),
         ({"batch_size": 100}, 3, "multiple of processes x --accumulate = 3 x 1, got 100; take 99 or 102"),
         ({"batch_size": 10, "accumulate": 4}, 1, "got 10; take 8 or 12"),
         ({"epochs": 1.0, "steps": 3}, 1, "expected one of them, got both"),

@@ -45,7 +45,7 @@ def test_engine_gives_the_losses_of_one_plain_process(images, tmp_path_factory, 
         done = train(["--method", method, "--data", str(images), *TINY, "--steps", str(STEPS), "--out", str(plain),
                       "--clip", "0.5"])  # fmt: skip
         assert done.returncode == 0, done.stderr
-        assert losses(plain) != pytest.approx(expected, rel=1e-4), "clipping at 0.5 must change this run"
+        assert losses(plain) != pytest.approx(expected, rel=2e-5), "clipping at 0.5 must change this run"
         expected = losses(plain)
     out = folder / "run"
     base = ["--method", method, "--data", str(images), *TINY, "--steps", str(STEPS), "--out", str(out)]
