@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import math
 import multiprocessing
 import os
@@ -132,6 +133,9 @@ def _settle_worker(is_direct_child: bool, worker_id: int) -> None:
     starter_pid = os.getppid()  # the trainer, or the fork server
     if starter_pid != parent.pid if is_direct_child else not parent.is_alive():
         os._exit(0)  # orphaned before it could note whose child it was
+    # A spawned worker ends like a program: Python would tear itself down under the waiting thread, which then aborts
+    # the process when it wakes. A worker has nothing left to tear down.
+    atexit.register(os._exit, 0)
     threading.Thread(target=_obey, args=(parent.pid, starter_pid), daemon=True).start()
 
 
