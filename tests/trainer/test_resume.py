@@ -79,6 +79,15 @@ def wait_for_lines(out: Path, count: int, process: subprocess.Popen, limit_s: fl
     assert process.poll() is not None, "the run neither went on nor ended"
 
 
+def stop_after_lines(images: Path, out: Path, count: int) -> None:
+    """A run that is told to stop, and saves, once it has logged so many lines."""
+    process = start(images, out)
+    wait_for_lines(out, count, process)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+
+
 def test_kill_at_random_moments_then_resume_is_bit_equal(images, straight, tmp_path):
     out, rng, kills = tmp_path / "run", random.Random(7), 0
     for line in (2, 6, 9, 13):
@@ -125,10 +134,7 @@ def test_resume_at_a_given_step_sets_later_checkpoints_aside(images, straight, t
 
 def test_resume_without_arguments_takes_them_from_the_run(images, straight, tmp_path):
     out = tmp_path / "run"
-    process = start(images, out)
-    wait_for_lines(out, 5, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    stop_after_lines(images, out, 5)
     done = train(["--out", str(out), "--resume"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same_run(out, straight)
@@ -136,10 +142,7 @@ def test_resume_without_arguments_takes_them_from_the_run(images, straight, tmp_
 
 def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(images, straight, tmp_path):
     out = tmp_path / "run"
-    process = start(images, out)
-    wait_for_lines(out, 8, process)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    stop_after_lines(images, out, 8)
     victim = last_checkpoint(out) / "model.safetensors"
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1

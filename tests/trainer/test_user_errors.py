@@ -43,7 +43,10 @@ def run(capsys, *argv: str) -> tuple[int, str]:
             ["train", "--data", "images", *SMALL, "--cmae.mask-cell", "3"],
             "expected a divisor of the patch grid 4 x 4, got 3",
         ),
-        (["train", "--data", "images", *SMALL, "--image-size", "12", "--cmae.mask-cell", "2"], "expected a divisor of the patch grid 3 x 3"),
+        (
+            ["train", "--data", "images", *SMALL, "--image-size", "12", "--cmae.mask-cell", "2"],
+            "expected a divisor of the patch grid 3 x 3",
+        ),
         (["train", "--data", "images", *SMALL, "--loader", "dalli"], "loader: expected one of auto"),
         (["train", "--data", "images", *SMALL, "--out", "images/train/class0/000.jpg"], "--out: expected a folder"),
         (["train", "--data", "images", *SMALL, "--out", "held"], "--out: held already holds a run; add --resume"),
