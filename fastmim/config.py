@@ -56,6 +56,7 @@ class ModelSpec:
         patch_size: side of a square patch in pixels.
         in_chans: channels of an image.
         mean, std: per channel, of pixels in [0, 1].
+        stem: what comes before the transformer blocks: "patch" or "conv" (see conv.py).
     """
 
     name: ModelName
@@ -64,6 +65,7 @@ class ModelSpec:
     in_chans: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    stem: str = "patch"
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -108,6 +110,8 @@ class TrainConfig:
     """Defaults of the other options: `demo` (minutes on a CPU) or `paper` (published recipe; the default with --data)."""
     model: ModelName = "vit_base"
     """Size of the encoder."""
+    stem: Literal["patch", "conv"] = "patch"
+    """What comes before the transformer blocks: one linear map per patch, or ConvMAE's two convolutional stages."""
     image_size: int | tuple[int, int] = 224
     """Side of a training view in pixels, or height and width."""
     patch_size: int = 16
@@ -186,7 +190,7 @@ class TrainConfig:
         imagenet = self.in_chans == 3
         mean = self.mean or (IMAGENET_MEAN if imagenet else (0.5,) * self.in_chans)
         std = self.std or (IMAGENET_STD if imagenet else (0.25,) * self.in_chans)
-        return ModelSpec(self.model, size, self.patch_size, self.in_chans, tuple(mean), tuple(std))
+        return ModelSpec(self.model, size, self.patch_size, self.in_chans, tuple(mean), tuple(std), self.stem)
 
     @property
     def peak_lr(self) -> float:

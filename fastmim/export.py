@@ -11,7 +11,7 @@ from fastmim.config import ConfigError, ModelSpec, from_plain, to_plain
 from fastmim.methods import base as methods
 from fastmim.vit import Encoder
 
-FORMAT = "fastmim-encoder-1"
+FORMAT = "fastmim-encoder-2"
 MODEL_FILE = "model.safetensors"
 
 
@@ -19,7 +19,7 @@ def write_encoder(encoder: Encoder, method: str, path: Path) -> None:
     """Writes the encoder's weights, fp32, with what a reader needs to rebuild it in the file's header."""
     description = {
         "format": FORMAT, "method": method, "model": json.dumps(to_plain(encoder.model)),
-        "position": encoder.position_order, "patch_order": "row, column, channel",
+        "design": json.dumps(encoder.design), "patch_order": "row, column, channel",
     }  # fmt: skip
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     save_file(tensors, path, metadata=description)
@@ -57,6 +57,7 @@ def _from_file(path: Path) -> Encoder:
     if description.get("format") != FORMAT:
         raise ConfigError(f"{path}: expected a file that fastmim exported ({FORMAT}), got {description.get('format')}")
     spec = from_plain(ModelSpec, json.loads(description["model"]))
-    encoder = Encoder(spec, position=description["position"])
+    make_encoder = methods.find(description["method"]).METHOD.encoder_class(spec)
+    encoder = make_encoder(spec, **json.loads(description["design"]))
     encoder.load_state_dict(load_file(path))
     return encoder

@@ -4,10 +4,11 @@ They know nothing of masking policy: who is visible arrives as patch indices.
 """
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from fastmim_kernels import gather_tokens, patchify_gather, restore_tokens
+from fastmim_kernels import Stream, gather_tokens, patchify_gather, restore_tokens, uniform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,8 +41,11 @@ def sincos_position(width: int, grid: tuple[int, int], first: str = "column") ->
     return torch.cat([table.new_zeros(1, width), table]).float()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over (B, heads, N, d).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v over (B, heads, N, d); bias broadcasts against (B, heads, N, N).
 
     On CPUs, training in bf16 writes the product out: torch's flash kernel for CPUs is 2-6x slower there in the
     backward pass at these lengths (16 x 12 heads, N=50, d=64: 35 ms against 5.6 ms, forward and backward).
@@ -49,37 +53,77 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     low_precision = q.dtype != torch.float32 or torch.is_autocast_enabled(q.device.type)
     if q.device.type == "cpu" and low_precision and torch.is_grad_enabled():
         scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
-        return scores.softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        return (scores if bias is None else scores + bias).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+
+
+class QueryValueBias(nn.Linear):
+    """The fused qkv product whose keys have no bias: softmax cancels it. Source: microsoft/unilm beit."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, *, key_bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width) if key_bias else QueryValueBias(width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend = attention) -> Tensor:
         batch, length, width = x.shape
         q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(batch, length, width))
+        return self.proj(attend(q, k, v).transpose(1, 2).reshape(batch, length, width))
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with an MLP of ratio 4 and exact GELU."""
+    """Pre-norm transformer block with an MLP of ratio 4 and exact GELU.
 
-    def __init__(self, width: int, heads: int):
+    Args:
+        layer_scale: start of the learned factors of both branches, one per channel; 0: none.
+        key_bias: see `QueryValueBias`.
+    """
+
+    def __init__(self, width: int, heads: int, *, layer_scale: float = 0.0, key_bias: bool = True):
         super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attn = Attention(width, heads)
+        self.attn = Attention(width, heads, key_bias=key_bias)
         self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
+        for name in ("gamma_1", "gamma_2"):
+            gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
+            self.register_parameter(name, gamma)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+    def forward(self, x: Tensor, attend: Attend = attention, drop: Tensor | None = None) -> Tensor:
+        """drop: (B, 2) factors of the two branches, 0 where stochastic depth leaves one out."""
+        x = x + scaled(self.attn(self.norm1(x), attend), self.gamma_1, drop, 0)
+        return x + scaled(self.fc2(F.gelu(self.fc1(self.norm2(x)))), self.gamma_2, drop, 1)
+
+
+def scaled(branch: Tensor, gamma: Tensor | None, drop: Tensor | None, column: int) -> Tensor:
+    """A residual branch (B, N, D) times its layer scale (D,) and its image's column of `drop` (B, 2)."""
+    if gamma is not None:
+        branch = branch * gamma
+    return branch if drop is None else branch * drop[:, column].to(branch.dtype).view(-1, 1, 1)
+
+
+def random_drop_path(rng: Tensor, ids: Tensor, peak: float, *depths: int) -> list[Tensor]:
+    """Stochastic depth: factors (B, depth, 2) of the branches of the blocks, for networks of the given depths.
+
+    In each network the drop rate rises linearly from 0 at its first block to `peak` at its last. A branch survives
+    with probability 1 - rate, and is then divided by it. Source: arXiv 1603.09382; timm's scaling.
+    """
+    rate = torch.cat([torch.linspace(0, peak, depth, device=ids.device) for depth in depths]).repeat_interleave(2)
+    survives = uniform(rng, ids, Stream.DROP_PATH, len(rate)) >= rate
+    factors = (survives / (1 - rate)).view(len(ids), -1, 2)
+    return list(factors.split(list(depths), dim=1))
 
 
 class Encoder(nn.Module):
@@ -88,34 +132,77 @@ class Encoder(nn.Module):
     Args:
         model: sizes.
         final_norm: LayerNorm after the last block.
-        position: see `sincos_position`.
+        position: see `sincos_position`; None: no absolute position.
+        layer_scale, key_bias: see `Block`.
     """
 
-    def __init__(self, model: ModelSpec, *, final_norm: bool = True, position: str = "column"):
+    num_prefix = 1
+    """Tokens before the patches: the class token."""
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        *,
+        final_norm: bool = True,
+        position: str | None = "column",
+        layer_scale: float = 0.0,
+        key_bias: bool = True,
+    ):
         super().__init__()
         width, depth, heads = SIZES[model.name]
-        self.model, self.width, self.position_order = model, width, position
+        self.model, self.width = model, width
+        # What `export` has to know to build this network again.
+        self.design = dict(final_norm=final_norm, position=position, layer_scale=layer_scale, key_bias=key_bias)
         self.patch_embed = nn.Linear(model.patch_values, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.register_buffer("position", sincos_position(width, model.grid, position), persistent=False)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        table = sincos_position(width, model.grid, position or "column")
+        self.register_buffer("position", table if position else torch.zeros_like(table), persistent=False)
+        self.blocks = nn.ModuleList(
+            Block(width, heads, layer_scale=layer_scale, key_bias=key_bias) for _ in range(depth)
+        )
         self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm else nn.Identity()
         initialize(self)
 
-    def forward(self, patches: Tensor, ids: Tensor | None = None) -> Tensor:
-        """(B, K, V) patches, (B, K) their indices in the grid (None: all, in raster order) -> (B, 1 + K, D)."""
+    def embed(self, patches: Tensor, ids: Tensor | None) -> Tensor:
+        """(B, K, V) patches -> (B, K, D) tokens, before position. For subclasses that replace some of them."""
+        return self.patch_embed(patches)
+
+    def forward(
+        self,
+        patches: Tensor,
+        ids: Tensor | None = None,
+        *,
+        extra: Tensor | None = None,
+        attend: Attend | Sequence[Attend] = attention,
+        drop: Tensor | None = None,
+    ) -> Tensor:
+        """Encodes.
+
+        Args:
+            patches: (B, K, V).
+            ids: (B, K) their indices in the grid; None: all, in raster order.
+            extra: added to the patch tokens, broadcasts against (B, K, D).
+            attend: the attention of all blocks, or one per block.
+            drop: (B, depth, 2), see `random_drop_path`.
+
+        Returns:
+            (B, 1 + K, D), class token first.
+        """
         position = self.position[1:] if ids is None else self.position[1:][ids]
-        x = self.patch_embed(patches) + position
+        x = self.embed(patches, ids) + position
+        if extra is not None:
+            x = x + extra
         cls = (self.cls_token + self.position[0]).expand(len(x), 1, -1)
         x = torch.cat([cls.to(x.dtype), x], dim=1)
-        for block in self.blocks:
-            x = block(x)
+        attends = [attend] * len(self.blocks) if callable(attend) else attend
+        for i, (block, each) in enumerate(zip(self.blocks, attends, strict=True)):
+            x = block(x, each, None if drop is None else drop[:, i])
         return self.norm(x)
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 images of the model's size -> (B, D): mean over the patch tokens of the whole image."""
         m = self.model
-        return self(patchify_gather(images, None, m.patch_size, mean=m.mean, std=m.std))[:, 1:].mean(1)
+        return self(patchify_gather(images, None, m.patch_size, mean=m.mean, std=m.std))[:, self.num_prefix :].mean(1)
 
 
 class DecoderSpec(NamedTuple):
@@ -136,11 +223,21 @@ class Decoder(nn.Module):
         position: see `sincos_position`.
         pool: predict one vector per image, from the mean over all patch tokens. The mean is taken before the last
             linear map, with which it commutes: the same result for 1 / L of the work.
+        num_prefix: tokens of the encoder that stand for no patch: 1 for the class token, 0 without one.
     """
 
-    def __init__(self, model: ModelSpec, spec: DecoderSpec, out_values: int, *, position="column", pool=False):
+    def __init__(
+        self,
+        model: ModelSpec,
+        spec: DecoderSpec,
+        out_values: int,
+        *,
+        position: str = "column",
+        pool: bool = False,
+        num_prefix: int = 1,
+    ):
         super().__init__()
-        self.pool = pool
+        self.pool, self.num_prefix = pool, num_prefix
         self.embed = nn.Linear(SIZES[model.name].width, spec.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, spec.width))
         self.register_buffer("position", sincos_position(spec.width, model.grid, position), persistent=False)
@@ -149,21 +246,30 @@ class Decoder(nn.Module):
         self.pred = nn.Linear(spec.width, out_values)
         initialize(self)
 
+    def fill(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
+        """Embedded visible tokens -> all tokens with their positions. For subclasses whose images are laid out else."""
+        position = self.position[1 - self.num_prefix :]
+        return restore_tokens(tokens, self.mask_token.flatten(), position, ids_restore, num_prefix=self.num_prefix)
+
+    def hidden(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """(B, prefix + K, D) encoder output -> (B, prefix + L, width), before the last norm."""
+        x = self.fill(self.embed(latent), ids_restore)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
     def forward(self, latent: Tensor, ids_restore: Tensor, ids_out: Tensor | None = None) -> Tensor:
         """Decodes.
 
         Args:
-            latent: (B, 1 + K, D) encoder output, class token first.
+            latent: (B, prefix + K, D) encoder output, class token first.
             ids_restore: (B, L) inverse of (ids_keep, ids_masked).
             ids_out: (B, M) patches to predict; None: all L.
 
         Returns:
             (B, M, out_values), or (B, out_values) if pooled.
         """
-        x = restore_tokens(self.embed(latent), self.mask_token.flatten(), self.position, ids_restore, num_prefix=1)
-        for block in self.blocks:
-            x = block(x)
-        x = x[:, 1:]
+        x = self.hidden(latent, ids_restore)[:, self.num_prefix :]
         if self.pool:
             return self.pred(self.norm(x).mean(1))
         return self.pred(self.norm(x if ids_out is None else gather_tokens(x, ids_out)))

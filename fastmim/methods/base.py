@@ -14,6 +14,7 @@ from fastmim_pipelines.spec import Batch, CropSpec
 from torch import Tensor, nn
 
 from fastmim.config import ConfigError, ModelSpec, nearest
+from fastmim.conv import ConvEncoder
 from fastmim.ema import EmaPair
 from fastmim.targets import Reconstruction
 from fastmim.vit import Encoder
@@ -53,11 +54,20 @@ class Method(nn.Module):
     Config: ClassVar[type]
     mixes_images: ClassVar[bool] = False
     """Whether the loss of an image depends on the others of its micro-batch: accumulation then changes the result."""
+    stems: ClassVar[tuple[str, ...]] = ("patch",)
+    """Values of --stem that the method can train."""
     crops: tuple[CropSpec, ...]
     encoder: Encoder
 
+    @classmethod
+    def encoder_class(cls, model: ModelSpec) -> type[nn.Module]:
+        """The class of the encoder: `Encoder`, or what takes and gives the same. Export builds it from its `design`."""
+        return {"patch": Encoder, "conv": ConvEncoder}[model.stem]
+
     def __init__(self, model: ModelSpec):
         super().__init__()
+        if model.stem not in self.stems:
+            raise ConfigError(f"--stem: expected one of {', '.join(self.stems)} for this method, got {model.stem}")
         self.model = model
 
     def forward(self, batch: Batch, rng: Tensor) -> StepOutput:

@@ -21,7 +21,7 @@ from fastmim.masking import CellPolicy, MaskPlan
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.targets import PixelTarget, Reconstruction
 from fastmim.views import ColorConfig, random_color, random_flip, random_shift
-from fastmim.vit import Decoder, DecoderSpec, Encoder
+from fastmim.vit import Decoder, DecoderSpec
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Config:
 
 class CMAE(Method):
     Config = Config
+    stems = ("patch", "conv")
     mixes_images = True
 
     def __init__(self, model: ModelSpec, config: Config):
@@ -68,15 +69,18 @@ class CMAE(Method):
 
         def decoder(depth: int, out_values: int, pool: bool) -> Decoder:
             spec = DecoderSpec(config.decoder_width, depth, config.decoder_heads)
-            return Decoder(model, spec, out_values, position="row", pool=pool)
+            return Decoder(model, spec, out_values, position="row", pool=pool, num_prefix=self.encoder.num_prefix)
 
-        self.encoder = Encoder(model, position="row")
+        make_encoder = self.encoder_class(model)
+        # The table of the source's own ViT has the row first; that of ConvMAE, the column.
+        order = "row" if model.stem == "patch" else "column"
+        self.encoder = make_encoder(model, position=order)
         width = self.encoder.width
         self.pixel_decoder = decoder(config.pixel_decoder_depth, model.patch_values, pool=False)
         self.feature_decoder = decoder(config.feature_decoder_depth, width, pool=True)
         self.projector = ProjectionHead(width, config.head_hidden, config.head_out)
         self.predictor = ProjectionHead(config.head_out, config.head_hidden, config.head_out)
-        self.target_encoder = Encoder(model, final_norm=False, position="row")
+        self.target_encoder = make_encoder(model, final_norm=False, position=order)
         self.target_projector = ProjectionHead(width, config.head_hidden, config.head_out)
         start_target(self.encoder, self.target_encoder)
         start_target(self.projector, self.target_projector)
@@ -95,7 +99,7 @@ class CMAE(Method):
             batch.crops[0], offset=shift, mean=self.model.mean, std=self.model.std, **window, **color
         )
         tokens = self.target_encoder(patchify_gather(view, None, self.model.patch_size))
-        return F.normalize(self.target_projector(tokens[:, 1:].mean(1)).float(), dim=-1)
+        return F.normalize(self.target_projector(tokens[:, self.encoder.num_prefix :].mean(1)).float(), dim=-1)
 
     def forward(self, batch: Batch, rng: Tensor) -> StepOutput:
         # The online view is the master crop's top-left corner: only the target view moves (ShiftPixel with pixel=0).

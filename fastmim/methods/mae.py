@@ -14,7 +14,7 @@ from fastmim.masking import MaskPlan, RandomPolicy
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.targets import PixelTarget, Reconstruction
 from fastmim.views import random_flip
-from fastmim.vit import Decoder, DecoderSpec, Encoder
+from fastmim.vit import Decoder, DecoderSpec
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Config:
 
 class MAE(Method):
     Config = Config
+    stems = ("patch", "conv")
 
     def __init__(self, model: ModelSpec, config: Config):
         super().__init__(model)
@@ -44,8 +45,8 @@ class MAE(Method):
         self.mask = RandomPolicy(model, config.mask_ratio)
         self.pixels = PixelTarget(model, config.norm_pix)
         spec = DecoderSpec(config.decoder_width, config.decoder_depth, config.decoder_heads)
-        self.encoder = Encoder(model)
-        self.decoder = Decoder(model, spec, model.patch_values)
+        self.encoder = self.encoder_class(model)(model)
+        self.decoder = Decoder(model, spec, model.patch_values, num_prefix=self.encoder.num_prefix)
 
     def _encode(self, images: Tensor, ids: Tensor, rng: Tensor, **window: object) -> tuple[Tensor, MaskPlan]:
         plan = self.mask(rng, ids)

@@ -43,6 +43,7 @@ FROZEN = [
     "--save-every",
     "--seed",
     "--std",
+    "--stem",
     "--steps",
     "--tracker",
     "--val-data",

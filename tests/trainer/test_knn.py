@@ -94,7 +94,7 @@ def test_exported_encoder_is_the_checkpoint_encoder_and_describes_itself(run_fol
     inside = load_file(newest / "model.safetensors")
     assert weights and all(tensor.equal(inside[f"encoder.{name}"]) for name, tensor in weights.items())
     encoder = load_encoder(run_folder / "encoder.safetensors")
-    assert (encoder.model.name, encoder.model.patch_size, encoder.position_order) == ("vit_pico", 4, "row")
+    assert (encoder.model.name, encoder.model.patch_size, encoder.design["position"]) == ("vit_pico", 4, "row")
     other = load_encoder(run_folder)
     assert encoder.position.equal(other.position)
 

@@ -18,6 +18,10 @@ class Stream(IntEnum):
     SHIFT = 2
     JITTER = 3
     MIX = 4
+    DROP_PATH = 5
+    BLOCK = 6
+    POSITION = 7
+    CONTRAST = 8
 
 
 def random_words(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
