@@ -1,6 +1,7 @@
 """argv -> TrainConfig: preset, then the run's own config on --resume, then --config files, then flags."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from itertools import chain, pairwise
 from pathlib import Path
@@ -160,7 +161,7 @@ def _with_preset(presets: dict[str, Preset], flat: list[str], method: str) -> Tr
 def _check_flags(flat: list[str], module: Any, method: str) -> None:
     known = flag_names(method)
     for token in flat:
-        if token.startswith("--") and token != "--help" and token.replace("--no-", "--", 1) not in known:
+        if token.startswith("--") and token != "--help" and re.sub(r"^--([\w.-]+\.)?no-", r"--\1", token) not in known:
             raise ConfigError(f"{token}: expected a known flag{nearest(token, known)}; see --help")
 
 

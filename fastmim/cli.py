@@ -11,6 +11,7 @@ USAGE = """fastmim COMMAND ...
 
   train      pre-train an encoder (also: deepspeed | torchrun | python fastmim/train.py)
   knn        k-NN accuracy of a checkpoint or of an exported encoder
+  linear     linear probe of the same
   demo-data  write the demo data set: labeled, photo-like JPEG files
   info       versions, devices, kernels, loaders
 
@@ -24,7 +25,7 @@ USAGE_ERROR, NO_CHECKPOINT, STORAGE_ERROR, SAVED_ON_SIGNAL = 2, 3, 6, 75
 def run(argv: list[str]) -> int:
     """Runs one command; returns the exit code."""
     commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train, "knn": _knn, "demo-data": _demo_data, "info": _info,
+        "train": _train, "knn": _knn, "linear": _linear, "demo-data": _demo_data, "info": _info,
     }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -62,11 +63,16 @@ def _train(argv: list[str]) -> int:
 
 
 def _knn(argv: list[str]) -> int:
-    import tyro
-
     from fastmim.evaluate.command import knn
 
-    tyro.cli(knn, prog="fastmim knn", args=argv)
+    knn(argv)
+    return 0
+
+
+def _linear(argv: list[str]) -> int:
+    from fastmim.evaluate.command import linear
+
+    linear(argv)
     return 0
 
 

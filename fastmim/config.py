@@ -152,6 +152,10 @@ class TrainConfig:
     """Linear warm-up, as "40ep" or "500st"."""
     warmup_start: float = 0.0
     """Learning rate of the first step as a fraction of the peak."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """After the warm-up: half a cosine, or constant with one step to a tenth at 7/8 of the run."""
+    lr_end: float = 0.0
+    """Learning rate at the end of the cosine as a fraction of the peak."""
     clip: float | None = None
     """Largest norm of the gradient; none: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

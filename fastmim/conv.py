@@ -7,7 +7,7 @@ variant puts it before the same decoders (arXiv 2207.13532); its training code w
 from collections.abc import Sequence
 
 import torch
-from fastmim_kernels import patchify_gather
+from fastmim_kernels import depthwise_patches, patchify_gather
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,28 +40,18 @@ class Subdivide(nn.Module):
         return self.linear(x.reshape(batch, count, height // s, width // s, s * s * channels))
 
 
-class Spread(nn.Module):
+class Spread(nn.Conv2d):
     """Depthwise 5 x 5 convolution over the image, with zeros where no patch is visible: the one step that mixes patches.
 
-    Visible outputs never see masked pixels, as with the source's mask; only visible ones are kept.
+    Visible outputs never see masked pixels, as with the source's mask; only visible ones are computed.
     """
 
     def __init__(self, width: int, grid: tuple[int, int]):
-        super().__init__()
+        super().__init__(width, width, 5, groups=width)
         self.grid = grid
-        self.conv = nn.Conv2d(width, width, 5, padding=2, groups=width)
 
     def forward(self, x: Tensor, ids: Tensor | None) -> Tensor:
-        batch, _, s, _, width = x.shape
-        h, w = self.grid
-        whole = x
-        if ids is not None:
-            index = ids[:, :, None, None, None].expand_as(x)
-            whole = x.new_zeros(batch, h * w, s, s, width).scatter(1, index, x)
-        image = whole.view(batch, h, w, s, s, width).permute(0, 5, 1, 3, 2, 4).reshape(batch, width, h * s, w * s)
-        image = self.conv(image.contiguous(memory_format=torch.channels_last))
-        out = image.view(batch, width, h, s, w, s).permute(0, 2, 4, 3, 5, 1).reshape(batch, h * w, s, s, width)
-        return out if ids is None else out.gather(1, index)
+        return depthwise_patches(x, ids, self.weight, self.bias, self.grid)
 
 
 class ConvBlock(nn.Module):

@@ -13,6 +13,7 @@ from fastmim_pipelines.evaluation import EvalReader
 from fastmim_pipelines.index import FolderIndex
 
 from fastmim import dist
+from fastmim.boxes import HeatBoxes
 from fastmim.config import ConfigError, TrainConfig, to_plain
 from fastmim.device import default_precision, memory_bytes, pick_device
 from fastmim.engine import base as engines
@@ -28,6 +29,7 @@ DEMO_DATA = Path("data/demo")
 # During training, k-NN uses at most so many training images: 50 per class of ImageNet.
 KNN_LIMIT = 50_000
 PICTURES = 8
+BOX_BATCH = 256
 
 
 class Session:
@@ -70,6 +72,15 @@ class Session:
         if plan.mixes_images and config.accumulate > 1:
             self.say(f"warning   {config.method} compares the images of a micro-batch with each other: --accumulate "
                      f"{config.accumulate} leaves {config.batch_size // config.accumulate} of {config.batch_size}")  # fmt: skip
+        micro_batch = config.batch_size // (world * config.accumulate)
+        if micro_batch % plan.batch_multiple:
+            each = world * config.accumulate * plan.batch_multiple
+            raise ConfigError(
+                f"--batch-size: expected a multiple of {each} (processes x --accumulate x {plan.batch_multiple}, the "
+                f"images of a group of {config.method}), got {config.batch_size}; take {max(1, config.batch_size // each) * each}"
+            )
+        for note in plan.notes:
+            self.say(f"note      {note}")
         self.say(f"lr        {config.peak_lr:.3g} at batch {config.batch_size}")
 
     def say(self, text: str) -> None:
@@ -115,7 +126,8 @@ class Session:
         self.engine = engines.build(self.engine_name, self.method, self._engine_spec())
         total = config.total_steps(loader.steps_per_epoch)
         display = Display(total, enabled=dist.is_main())
-        trainer = Trainer(config, self.method, self.engine, loader, out, display)
+        boxes = self._boxes(loader, total, display)
+        trainer = Trainer(config, self.method, self.engine, loader, out, display, boxes=boxes)
         try:
             if config.resume is not None:
                 trainer.resume(config.resume)
@@ -148,6 +160,18 @@ class Session:
             return make_loader(config.loader, self.crops, data=self.train_index, **options)
         except (ValueError, ModuleNotFoundError) as e:
             raise ConfigError(str(e)) from e
+
+    def _boxes(self, loader, total: int, display: Display) -> HeatBoxes | None:
+        if self.train_index is None or not any(crop.uses_boxes for crop in self.crops):
+            return None
+        reader = EvalReader(
+            self.train_index, self.model.image_size, batch_size=BOX_BATCH, rank=dist.rank(), world=dist.world_size(),
+            in_chans=self.config.in_chans, workers=self.config.workers, size_ratio=None,
+            on_bad_image=self.config.on_bad_image, pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+        return HeatBoxes(
+            self.method, self.engine, loader, reader, count=len(self.train_index), total=total, say=display.say
+        )
 
     def _engine_spec(self) -> engines.EngineSpec:
         c = self.config

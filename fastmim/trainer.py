@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed
@@ -43,6 +43,22 @@ class Periodic(NamedTuple):
     at_start: bool
 
 
+class Boxes(Protocol):
+    """What decides where crops are cut. It has a state, which is part of a checkpoint."""
+
+    def prepare(self, step: int) -> None:
+        """Called on every rank before the batch of step `step` is asked for."""
+        ...
+
+    def values(self) -> dict[str, float]:
+        """What to add to metrics.jsonl."""
+        ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
 class Stop:
     """Remembers that the process was asked to end; a second signal ends it at once."""
 
@@ -70,6 +86,7 @@ class Trainer:
         out: run directory.
         display: where to say things.
         track: receives every record that goes to metrics.jsonl.
+        boxes: gives the loader its boxes; None: the method's crops use none.
     """
 
     def __init__(
@@ -81,9 +98,10 @@ class Trainer:
         out: Path,
         display: Display,
         track: Callable[[dict], None] = lambda record: None,
+        boxes: Boxes | None = None,
     ):
         self.config, self.method, self.engine, self.loader = config, method, engine, loader
-        self.out, self.display, self.track = out, display, track
+        self.out, self.display, self.track, self.boxes = out, display, track, boxes
         self.steps_per_epoch = loader.steps_per_epoch
         self.total = config.total_steps(self.steps_per_epoch)
         self.warmup = self.steps_of(config.warmup)
@@ -131,6 +149,8 @@ class Trainer:
             self.display.say("--resume auto: no checkpoint yet, starting anew")
             return
         self.engine.load(self.checkpoints / checkpoint.folder_name(step))
+        if self.boxes is not None:
+            self.boxes.load(self.checkpoints / checkpoint.folder_name(step))
         self.step = self.saved_step = step
         if is_main():
             later = checkpoint.set_aside(self.checkpoints, step)
@@ -154,6 +174,8 @@ class Trainer:
         temporary = checkpoint.prepare(self.checkpoints) if is_main() else self.checkpoints
         self.engine.save(temporary)
         if is_main():
+            if self.boxes is not None:
+                self.boxes.save(temporary)
             meta = {
                 "config": to_plain(self.config), "model": to_plain(self.config.model_spec()), "world": world_size(),
             }  # fmt: skip
@@ -183,6 +205,7 @@ class Trainer:
             rng = torch.tensor([self.config.seed, self.step], device=self.engine.device)
             batches = self._batches()
             while self.step < self.total:
+                clock.began += self._prepare_boxes()
                 began = time.perf_counter()
                 batch = next(batches)
                 clock.waited += time.perf_counter() - began
@@ -206,6 +229,13 @@ class Trainer:
             if self.file is not None:
                 self.file.close()
 
+    def _prepare_boxes(self) -> float:
+        """Returns how many seconds that took."""
+        began = time.perf_counter()
+        if self.boxes is not None:
+            self.boxes.prepare(self.step)
+        return time.perf_counter() - began
+
     def _batches(self) -> Iterator[Batch]:
         epoch, offset = divmod(self.step, self.steps_per_epoch)
         while True:
@@ -215,8 +245,9 @@ class Trainer:
     def _train_step(self, batch: Batch, rng: torch.Tensor, meter: Meter) -> float:
         config, engine = self.config, self.engine
         lr = learning_rate(
-            self.step, total=self.total, warmup=self.warmup, peak=config.peak_lr, warmup_start=config.warmup_start
-        )
+            self.step, total=self.total, warmup=self.warmup, peak=config.peak_lr, warmup_start=config.warmup_start,
+            end=config.lr_end, schedule=config.schedule,
+        )  # fmt: skip
         engine.set_lr(lr)
         for micro in _split(batch, config.accumulate, engine.device):
             out = engine.forward(micro, rng)
@@ -243,6 +274,7 @@ class Trainer:
             "peak_mib": peak_mib(self.engine.device),
             "skipped_steps": skipped,
             **values,
+            **({} if self.boxes is None else self.boxes.values()),
         }
         self._write(record)
         self.display.record(record)

@@ -53,10 +53,18 @@ class Method(nn.Module):
 
     Config: ClassVar[type]
     mixes_images: ClassVar[bool] = False
-    """Whether the loss of an image depends on the others of its micro-batch: accumulation then changes the result."""
+    """Whether the loss of an image depends on all others of its micro-batch: accumulation then changes the result."""
+    batch_multiple: int = 1
+    """The images of a rank's micro-batch come in groups of so many."""
+    notes: tuple[str, ...] = ()
+    """What the user should know of the choices made for him; printed at the start."""
     stems: ClassVar[tuple[str, ...]] = ("patch",)
     """Values of --stem that the method can train."""
     crops: tuple[CropSpec, ...]
+    first_box: tuple[float, float, float, float] | None = None
+    """Where in every image the crops with `uses_boxes` have their centers at first: top, left, bottom, right in shares."""
+    box_updates: tuple[float, ...] = ()
+    """Shares of the run; at the epoch starts nearest to them, each image gets a box of its own from `heat_map`."""
     encoder: Encoder
 
     @classmethod
@@ -90,6 +98,10 @@ class Method(nn.Module):
     def no_decay(self, name: str, parameter: Tensor) -> bool:
         """Whether weight decay spares a parameter. Default: vectors and biases, timm's rule."""
         return parameter.ndim <= 1
+
+    def heat_map(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) uint8 whole images of the model's size -> (B, h, w) floats, large where the object is."""
+        raise TypeError(f"{type(self).__name__}.heat_map: expected the method to define it, since it has box_updates")
 
     def reconstruct(self, images: Tensor, ids: Tensor, rng: Tensor) -> Reconstruction | None:
         """Pictures of whole images, of what the encoder sees of them, and of the reconstruction; None if it has none.

@@ -6,32 +6,47 @@ an op has them. A folder is named by a noun, never like the function in it: ``fa
 function.
 """
 
+from .block_masks import block_masking
 from .dispatch import backends, chosen
+from .depthwise import depthwise_patches
 from .ema import ema_update
 from .gather import gather_tokens
 from .infonce import contrastive_loss
 from .masks import MaskIds, cell_masking, random_masking
+from .mixing import mix_patches, partition, unmix_tokens
+from .patch_contrast import patch_contrastive_loss
 from .patches import patchify_gather
 from .philox import Stream, random_words, uniform
 from .pixel_loss import masked_pixel_loss
 from .restore import restore_tokens
+from .token_loss import TokenLoss, linear_cross_entropy
+from .topk import topk_attention
 from .views import ColorJitter, shift_flip_jitter
 
 __all__ = [
     "ColorJitter",
     "MaskIds",
     "Stream",
+    "TokenLoss",
     "backends",
+    "block_masking",
     "cell_masking",
     "chosen",
     "contrastive_loss",
+    "depthwise_patches",
     "ema_update",
     "gather_tokens",
+    "linear_cross_entropy",
     "masked_pixel_loss",
+    "mix_patches",
+    "partition",
+    "patch_contrastive_loss",
     "patchify_gather",
     "random_masking",
     "random_words",
     "restore_tokens",
     "shift_flip_jitter",
+    "topk_attention",
     "uniform",
+    "unmix_tokens",
 ]

@@ -45,8 +45,20 @@ def make_loader(
             "give one, or choose the loader synthetic."
         )
     reason = f"{name}: as asked for"
-    if name == "auto":
-        name, reason = "folder", "folder: Pillow in worker processes, the only reader of image files built in so far"
+    is_auto = name == "auto"
+    if is_auto:
+        name = "folder"
     module, class_name = LOADERS[name]
     loader_class = getattr(import_module(f".{module}", __name__), class_name)
-    return loader_class(*(() if name == "synthetic" else (data,)), crops, **options), reason
+    loader = loader_class(*(() if name == "synthetic" else (data,)), crops, **options)
+    if is_auto:
+        reason = f"{name}: {loader.reason}, {parallelism(loader)}"
+    return loader, reason
+
+
+def parallelism(loader: Any) -> str:
+    """Who decodes, in words."""
+    workers, threads = loader.workers, loader.threads
+    if workers:
+        return f"{workers} worker processes" + (f" of {threads} threads" if threads > 1 else "")
+    return f"{threads} threads ahead of need" if threads else "when a batch is asked for"

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
 
+from .native_decode import Encoded, FileSpan, choose
 from .spec import DataError, printable
+
+# Pillow remarks on odd metadata, which ImageNet is full of; it would flood the terminal. Once for the process and not
+# around each call, because the list of filters belongs to all threads.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -26,38 +35,117 @@ class Picture:
         self.planes = planes
         self.width, self.height = planes[0].size
 
-    def crop(self, box: Box, size: tuple[int, int]) -> np.ndarray:
-        """The box (left, top, width, height) resized to (height, width), bicubic with antialiasing: uint8 (C, h, w)."""
-        left, top, width, height = box
-        corners = (left, top, left + width, top + height)
-        resized = [
-            np.asarray(plane.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=corners)) for plane in self.planes
-        ]
+    def crop(self, box: Box, size: tuple[int, int], filter: str = "bicubic") -> np.ndarray:
+        """The box (left, top, width, height), cut to the image, resized to (height, width) with antialiasing.
+
+        Returns: uint8 (C, height, width).
+        """
+        (left, right), (top, bottom) = _within(self.width, box[0], box[2]), _within(self.height, box[1], box[3])
+        corners = (left, top, right, bottom)
+        resample = Image.Resampling[filter.upper()]
+        resized = [np.asarray(plane.resize((size[1], size[0]), resample, box=corners)) for plane in self.planes]
         if len(resized) > 1 or resized[0].ndim == 2:
             return np.stack(resized)
         return resized[0].transpose(2, 0, 1)
 
 
-def read_picture(path: str, in_chans: int) -> Picture:
+def _within(limit: int, start: float, length: float) -> tuple[float, float]:
+    """Start and end of what lies in 0..limit, never empty. The same as in csrc/batch.cpp."""
+    first = min(max(start, 0), limit - 1)
+    return first, min(max(start + length, first + 1e-3), limit)
+
+
+class CropReader:
+    """Cuts boxes out of many images at once: by the native decoder what it takes, by Pillow the rest; the same pixels.
+
+    Args:
+        crops: (height, width) and filter of each crop of an image.
+        in_chans: channels; 1, 3 or 4 of image files, any number of .npy files.
+        threads: that decode.
+    Attributes:
+        uses_native: whether the native decoder runs.
+        reason: one line that says which decoder runs and why.
+    """
+
+    def __init__(self, crops: Sequence[tuple[tuple[int, int], str]], in_chans: int, threads: int = 1):
+        self.crops, self.in_chans, self.threads = list(crops), in_chans, threads
+        decoder, self.reason = choose()
+        if decoder is not None and in_chans not in (1, 3):
+            self.reason = f"Pillow decodes: the native decoder gives 1 or 3 channels, not {in_chans}"
+        # Not the decoder itself: this object goes to worker processes, which load their own.
+        self.uses_native = decoder is not None and in_chans in (1, 3)
+
+    def read(
+        self,
+        images: Sequence[Encoded],
+        names: Sequence[str],
+        boxes_of: Callable[[int, int, int], Sequence[Box]],
+        out: Sequence[np.ndarray],
+    ) -> list[DataError | None]:
+        """Decode each image once, and write its crops.
+
+        Args:
+            images: what holds the bytes of each.
+            names: what messages call each; the path where there is one.
+            boxes_of: number in `images`, width, height -> one box per crop: left, top, width, height in pixels.
+            out: per crop uint8 (images, in_chans, height, width), contiguous.
+        Returns:
+            For each image None, or why it is unusable; its places in `out` then hold anything.
+        """
+        errors: list[DataError | None] = [None] * len(images)
+        rest = self._read_natively(images, boxes_of, out) if self.uses_native else list(range(len(images)))
+
+        def read_one(number: int) -> None:
+            try:
+                picture = read_picture(images[number], self.in_chans, names[number])
+            except DataError as e:
+                errors[number] = e
+                return
+            boxes = boxes_of(number, picture.width, picture.height)
+            for (size, filter), box, array in zip(self.crops, boxes, out):
+                array[number] = picture.crop(box, size, filter)
+
+        if self.threads > 1 and len(rest) > 1:
+            with ThreadPoolExecutor(self.threads) as pool:
+                list(pool.map(read_one, rest))
+        else:
+            for number in rest:
+                read_one(number)
+        return errors
+
+    def _read_natively(self, images, boxes_of, out) -> list[int]:
+        """Returns the numbers of those that are left to Pillow."""
+        decoder, _ = choose()
+        with decoder.open(images, self.threads) as batch:
+            boxes = np.zeros((len(self.crops), len(images), 4))
+            sizes = list(zip(batch.widths.tolist(), batch.heights.tolist()))
+            for number in np.flatnonzero(batch.status == 0).tolist():
+                boxes[:, number] = boxes_of(number, *sizes[number])
+            batch.crop(boxes, [filter for _, filter in self.crops], out)
+            return np.flatnonzero(batch.status).tolist()
+
+
+def read_picture(image: Encoded, in_chans: int, name: str | None = None) -> Picture:
     """Decode a whole file into `in_chans` channels of 8 bits.
 
     EXIF rotation is ignored, as torchvision's ImageFolder does: pictures are seen as stored.
 
+    Args:
+        name: what a message calls the image; default: its path.
     Raises:
         DataError: the file cannot be read, is not an image of a known format, is damaged or cut short, is larger than
             Pillow's limit of pixels, or has another number of channels.
     """
-    with warnings.catch_warnings():
-        # Remarks on odd metadata, which ImageNet is full of, would flood the terminal. But where Pillow only warns of a
-        # decompression bomb (it refuses at twice that size), here the limit is the limit.
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            return _from_array(path, in_chans) if path.lower().endswith(".npy") else _from_image(path, in_chans)
-        # Decoders fed with hostile bytes raise almost anything (SyntaxError, struct.error, IndexError, ...).
-        except Exception as e:
-            reason = _reason(e)
-            raise DataError(f"{printable(path)}: {reason}", path=path, reason=reason) from e
+    if name is None:
+        name = image if isinstance(image, str) else "image"
+    try:
+        if isinstance(image, str) and image.lower().endswith(".npy"):
+            return _from_array(image, in_chans)
+        return _from_image(image, in_chans)
+    # Decoders fed with hostile bytes raise almost anything (SyntaxError, struct.error, IndexError, ...).
+    except Exception as e:
+        reason = _reason(e)
+        raise DataError(f"{printable(name)}: {reason}", path=name, reason=reason) from e
 
 
 class _Unusable(Exception):
@@ -77,11 +165,17 @@ def _reason(error: Exception) -> str:
     return printable(f"cannot be decoded ({type(error).__name__}: {' '.join(str(error).split())})")
 
 
-def _read(path: str) -> bytes:
+def read_bytes(image: Encoded) -> bytes | bytearray | memoryview:
+    """The bytes of a file, with some patience for a file system that has its moments."""
+    if not isinstance(image, str | FileSpan):
+        return memoryview(image)
     for attempt in range(_READ_ATTEMPTS):
         try:
-            with open(path, "rb") as file:
-                data = file.read()
+            if isinstance(image, FileSpan):
+                data = os.pread(image.descriptor, image.size, image.offset)
+            else:
+                with open(image, "rb") as file:
+                    data = file.read()
             if not data:
                 raise _Unusable("the file is empty")
             return data
@@ -94,11 +188,14 @@ def _read(path: str) -> bytes:
     raise AssertionError("unreachable")
 
 
-def _from_image(path: str, in_chans: int) -> Picture:
+def _from_image(source: Encoded, in_chans: int) -> Picture:
     mode = _MODES.get(in_chans)
     if mode is None:
         raise _Unusable(f"expected {in_chans} channels, got an image file (1, 3 or 4); use .npy files for other counts")
-    image = Image.open(io.BytesIO(_read(path)), formats=_FORMATS)
+    image = Image.open(io.BytesIO(read_bytes(source)), formats=_FORMATS)
+    # Pillow itself only warns of a decompression bomb up to twice its limit; here the limit is the limit.
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
     image.load()
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)

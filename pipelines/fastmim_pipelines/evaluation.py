@@ -40,6 +40,7 @@ class EvalReader:
         in_chans, workers, pin_memory, timeout_s: as for FolderLoader.
         limit: use this many images only, spread evenly over the index.
         size_ratio: side of the box by the short side of the image. Source: 224 of 256, the ImageNet protocol.
+            None: the whole image, whose aspect becomes that of `size`.
         on_bad_image: "error" stops; "skip" leaves the image out.
     Attributes:
         bad_images: (path, reason) of images left out, without repeats.
@@ -58,7 +59,7 @@ class EvalReader:
         in_chans: int = 3,
         limit: int | None = None,
         workers: int | None = 0,
-        size_ratio: float = 224 / 256,
+        size_ratio: float | None = 224 / 256,
         on_bad_image: OnBadImage = "error",
         pin_memory: bool = False,
         timeout_s: float = 300,
@@ -117,7 +118,7 @@ def spread(count: int, limit: int | None) -> np.ndarray:
 class _CenterDataset(Dataset):
     """Sample ids -> (EvalBatch, bad images); runs in the workers."""
 
-    def __init__(self, index: FolderIndex, size: tuple[int, int], in_chans: int, size_ratio: float):
+    def __init__(self, index: FolderIndex, size: tuple[int, int], in_chans: int, size_ratio: float | None):
         self.index, self.size, self.in_chans, self.size_ratio = index, size, in_chans, size_ratio
 
     def __getitem__(self, ids: Sequence[int]) -> tuple[EvalBatch, list[BadImage]]:
@@ -131,7 +132,10 @@ class _CenterDataset(Dataset):
             except DataError as e:
                 bad.append(BadImage(sample_id, e.path, e.reason))
                 continue
-            box = center_box(picture.width, picture.height, self.size_ratio, aspect=width / height)
+            if self.size_ratio is None:
+                box = (0, 0, picture.width, picture.height)
+            else:
+                box = center_box(picture.width, picture.height, self.size_ratio, aspect=width / height)
             images.append(picture.crop(box, self.size))
             good.append(sample_id)
         pixels = np.stack(images) if images else np.empty((0, self.in_chans, height, width), np.uint8)

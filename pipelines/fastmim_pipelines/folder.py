@@ -1,9 +1,10 @@
-"""Training batches from a folder of image files: Pillow decodes in worker processes, `sampling` decides everything."""
+"""Training batches from a folder of image files: `decode` gives the pixels, `sampling` decides which."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -11,15 +12,16 @@ import torch
 from torch.utils.data import Dataset
 
 from .cores import default_workers
-from .decode import Picture, read_picture
+from .decode import CropReader
 from .index import FolderIndex
 from .sampling import batch_positions, crop_box, permute, substitute
-from .spec import Batch, CropSpec, DataError, check_crops, printable
-from .workers import Answers, most_workers
+from .spec import Batch, CropSpec, DataError, check_boxes, check_crops, printable
+from .workers import Answers, ThreadAnswers, most_workers
 
 OnBadImage = Literal["error", "skip"]
 _SUBSTITUTES = 16  # tries before giving up on a place in a batch
 _FREE_BAD_IMAGES = 10  # tolerated however few images were seen so far
+_BATCHES_AT_ONCE = 4  # that threads of this process work on
 
 
 class BadImage(NamedTuple):
@@ -59,7 +61,11 @@ class FolderLoader:
         rank, world: this process and the number of processes; each takes an equal, contiguous part of every batch.
         seed: of order and crops.
         in_chans: channels; 1, 3 or 4 from image files, any number from .npy files of shape (H, W, C).
-        workers: decoding processes; 0 = decode in this process, None = from the cores at hand.
+        workers: decoding processes; 0 = decode in this process, None = none if the native decoder runs, whose threads
+            need none, else from the cores at hand.
+        threads: decode with so many threads ahead of need, in this process or in each worker; None = from the cores at
+            hand if `workers` is None, too; else no thread here (images are decoded when a batch is asked for), and one
+            in each worker.
         on_bad_image: "error" stops at the first unusable file; "skip" takes another image in its place.
         bad_image_budget: with "skip", the share of images that may be unusable; the first ten are free.
         pin_memory: hand out page-locked tensors, for copies to a CUDA device that do not block.
@@ -67,7 +73,9 @@ class FolderLoader:
     Attributes:
         steps_per_epoch: full batches per epoch; the rest of an epoch's order is left out.
         bad_images: (path, reason) of each unusable file met so far by this rank, without repeats.
-        workers: processes in use.
+        workers, threads: processes in use, and threads in each of them, or in this one; 0 threads: none beside the
+            caller's.
+        reason: one line that says which decoder runs and why.
     Raises:
         ValueError: arguments out of range, or fewer images than one batch.
         DataError: from the constructor, an unusable folder; from the iterator, an unusable image, or too many of them.
@@ -84,6 +92,7 @@ class FolderLoader:
         seed: int = 0,
         in_chans: int = 3,
         workers: int | None = 0,
+        threads: int | None = None,
         on_bad_image: OnBadImage = "error",
         bad_image_budget: float = 0.001,
         pin_memory: bool = False,
@@ -103,14 +112,14 @@ class FolderLoader:
         self.bad_images: list[tuple[str, str]] = []
         self._bad_count = self._seen_count = 0
         self._skips, self._budget = on_bad_image == "skip", bad_image_budget
-        self._source = _CropDataset(self.index, crops, batch_size, rank, world, seed, in_chans, self._skips)
+        reader = CropReader([(crop.size, crop.filter) for crop in crops], in_chans)
+        self._source = _CropDataset(self.index, crops, reader, batch_size, rank, world, seed, self._skips)
         self._local_batch = batch_size // world
         self._answer_bytes = self._local_batch * in_chans * sum(crop.size[0] * crop.size[1] for crop in crops)
-        if workers is None:
-            cores = default_workers(world, trains_on_cpu=not pin_memory)
-            workers = int(min(cores, most_workers(self._answer_bytes)))
-        self.workers, self._pin_memory, self._timeout_s = workers, pin_memory, timeout_s
-        self._answers: Answers | None = None
+        self.reason = reader.reason
+        self.workers, self.threads = _parallelism(workers, threads, reader, world, pin_memory, self._answer_bytes)
+        self._pin_memory, self._timeout_s = pin_memory, timeout_s
+        self._answers: Answers | ThreadAnswers | None = None
         self._next = _Place(0, 0)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
@@ -123,15 +132,35 @@ class FolderLoader:
         if self._answers is None or place != self._next:
             self.close()
             self._next = place
-            self._answers = Answers(
+            self._answers = self._answers_from(place)
+        return self._batches(epoch, start_step)
+
+    def set_boxes(self, boxes: np.ndarray | None) -> None:
+        """See Loader.set_boxes. Workers that ran ahead with other boxes are ended."""
+        # A tensor, not an array: forked workers see this memory, and to others torch hands it over without a copy each.
+        checked = None if boxes is None else torch.from_numpy(check_boxes(boxes, len(self.index)))
+        self.close()
+        self._source.boxes = checked
+
+    def _answers_from(self, place: _Place) -> Answers | ThreadAnswers:
+        places = _Places(place, self.steps_per_epoch)
+        if self.workers or not self.threads:
+            self._source.reader.threads = max(1, self.threads)
+            return Answers(
                 self._source,
-                _Places(place, self.steps_per_epoch),
+                places,
                 workers=self.workers,
                 result_bytes=self._answer_bytes,
                 pin_memory=self._pin_memory,
                 timeout_s=self._timeout_s,
             )
-        return self._batches(epoch, start_step)
+        # Several batches at a time: while one is between two calls of the decoder, the others keep the cores busy.
+        batches = min(self.threads, _BATCHES_AT_ONCE)
+        self._source.reader.threads = -(-self.threads // batches)
+        self._source.pins = self._pin_memory
+        # A thread begins with device 0, where the first page-locked tensor would put a context.
+        prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if self._pin_memory else None
+        return ThreadAnswers(self._source, places, threads=batches, timeout_s=self._timeout_s, prepare=prepare)
 
     def close(self) -> None:
         answers, self._answers = self._answers, None
@@ -199,43 +228,76 @@ class _CropDataset(Dataset):
         self,
         index: FolderIndex,
         crops: tuple[CropSpec, ...],
+        reader: CropReader,
         batch_size: int,
         rank: int,
         world: int,
         seed: int,
-        in_chans: int,
         skips: bool,
     ):
-        self.index, self.crops, self.in_chans, self.skips = index, crops, in_chans, skips
+        self.index, self.crops, self.reader, self.skips = index, crops, reader, skips
         self.batch_size, self.rank, self.world, self.seed = batch_size, rank, world, seed
+        self.boxes: torch.Tensor | None = None
+        self.pins = False
 
     def __getitem__(self, place: _Place) -> _Answer:
         epoch, step = place
         positions = batch_positions(step, self.batch_size, self.rank, self.world)
         ids = permute(self.seed, epoch, len(self.index), positions)
-        buffers = [np.empty((len(ids), self.in_chans, *crop.size), np.uint8) for crop in self.crops]
+        shapes = [(len(ids), self.reader.in_chans, *crop.size) for crop in self.crops]
+        tensors = [torch.empty(shape, dtype=torch.uint8, pin_memory=self.pins) for shape in shapes]
+        buffers = [tensor.numpy() for tensor in tensors]
         bad: list[BadImage] = []
-        for slot, sample_id in enumerate(ids.tolist()):
-            picture = self._read(epoch, sample_id, bad)
-            if picture is None:
+        sample_ids = ids.tolist()
+        for slot, error in enumerate(self._fill(epoch, sample_ids, sample_ids, buffers)):
+            if error is None:
+                continue
+            bad.append(BadImage(sample_ids[slot], error.path, error.reason))
+            places = [buffer[slot : slot + 1] for buffer in buffers]
+            if not self._substitute(epoch, sample_ids[slot], places, bad):
                 return _Answer(None, bad)
+        return _Answer(Batch(tuple(tensors), torch.from_numpy(ids)), bad)
+
+    def _fill(
+        self, epoch: int, sample_ids: list[int], chosen: list[int], buffers: list[np.ndarray]
+    ) -> list[DataError | None]:
+        """The crops of the samples, out of the chosen images; for each image what is wrong with it."""
+
+        def boxes_of(slot: int, width: int, height: int) -> list[tuple[int, int, int, int]]:
+            sample_id = sample_ids[slot]
+            around = None if self.boxes is None else tuple(self.boxes[sample_id].tolist())
             boxes: dict[int, tuple[int, int, int, int]] = {}
-            for buffer, crop in zip(buffers, self.crops):
+            for crop in self.crops:
                 if crop.view not in boxes:
                     boxes[crop.view] = crop_box(
-                        self.seed, epoch, sample_id, crop.view, picture.width, picture.height, crop.scale, crop.ratio
-                    )
-                buffer[slot] = picture.crop(boxes[crop.view], crop.size)
-        return _Answer(Batch(tuple(map(torch.from_numpy, buffers)), torch.from_numpy(ids)), bad)
+                        self.seed, epoch, sample_id, crop.view, width, height, crop.scale, crop.ratio,
+                        around if crop.uses_boxes else None, crop.alpha,
+                    )  # fmt: skip
+            return [boxes[crop.view] for crop in self.crops]
 
-    def _read(self, epoch: int, sample_id: int, bad: list[BadImage]) -> Picture | None:
-        """The sample's picture, or with `skips` that of a substitute; None when there is none to be had."""
-        chosen, attempts = sample_id, _SUBSTITUTES if self.skips and len(self.index) > 1 else 0
-        for attempt in range(attempts + 1):
-            try:
-                return read_picture(self.index.path(chosen), self.in_chans)
-            except DataError as e:
-                bad.append(BadImage(chosen, e.path, e.reason))
-            if attempt < attempts:
-                chosen = substitute(self.seed, epoch, sample_id, attempt, len(self.index))
-        return None
+        paths = [self.index.path(image) for image in chosen]
+        return self.reader.read(paths, paths, boxes_of, buffers)
+
+    def _substitute(self, epoch: int, sample_id: int, buffers: list[np.ndarray], bad: list[BadImage]) -> bool:
+        """With `skips`, fill a sample's places from another image; False if there is none to be had."""
+        if not self.skips or len(self.index) < 2:
+            return False
+        for attempt in range(_SUBSTITUTES):
+            chosen = substitute(self.seed, epoch, sample_id, attempt, len(self.index))
+            (error,) = self._fill(epoch, [sample_id], [chosen], buffers)
+            if error is None:
+                return True
+            bad.append(BadImage(chosen, error.path, error.reason))
+        return False
+
+
+def _parallelism(
+    workers: int | None, threads: int | None, reader: CropReader, world: int, pin_memory: bool, answer_bytes: int
+) -> tuple[int, int]:
+    """How many processes, and how many threads in each of them or, without any, in this one."""
+    cores = default_workers(world, trains_on_cpu=not pin_memory)
+    if workers is None:
+        if reader.uses_native or threads:
+            return 0, threads or cores
+        workers = int(min(cores, most_workers(answer_bytes)))
+    return workers, threads if threads is not None else min(1, workers)

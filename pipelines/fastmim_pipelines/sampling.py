@@ -6,6 +6,8 @@ Nothing here has a state, so a run resumes at any step, on any number of ranks a
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
+from functools import lru_cache
 
 import numpy as np
 
@@ -16,6 +18,7 @@ _ROUNDS = 8
 # 12,000 seeds is 5 deviations too high); from 3 bits on no bias shows.
 _LEAST_HALF_BITS = 3
 _CROP_TRIES = 10  # as torchvision's RandomResizedCrop
+_BETA_NODES = 1024
 # Domains keep the draws of different purposes apart even where seed, epoch and sample are the same.
 _ORDER, _CROP, _SUBSTITUTE = 0x6F72646572, 0x63726F70, 0x73756273
 
@@ -110,11 +113,19 @@ def crop_box(
     height: int,
     scale: tuple[float, float],
     ratio: tuple[float, float],
+    around: tuple[float, float, float, float] | None = None,
+    alpha: float = 1.0,
 ) -> tuple[int, int, int, int]:
     """The random box of one view of one sample: (left, top, width, height), whole pixels inside the image.
 
     The semantics of torchvision's RandomResizedCrop.get_params: ten tries with an area uniform in `scale` and a
     log-uniform aspect in `ratio`; then the largest central box of an allowed aspect.
+
+    With `around`, a region (top, left, bottom, right) in shares of the image, the center of the box lies in that region
+    as far as the image's border allows, at a place that is Beta(alpha, alpha) distributed on both axes: below 1, alpha
+    prefers the region's border (two views differ more), 1 is uniform. Source: xyupeng/ContrastiveCrop
+    datasets/transforms/ContrastiveCrop.py. With the whole image and alpha 1 this is the plain crop again, except that
+    the last offset is never drawn: the source rounds down.
 
     The numbers are raw words of Philox4x64-10, one block of four per try, turned into uniforms here: NumPy keeps bit
     streams stable across versions, not its distributions. Source: NEP 19.
@@ -132,6 +143,14 @@ def crop_box(
         aspect = math.exp(log_low + (log_high - log_low) * _uniform(for_aspect))
         box_width, box_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
+            if around is not None:
+                top, left, bottom, right = around
+                return (
+                    _centered(for_left, left, right, width, box_width, alpha),
+                    _centered(for_top, top, bottom, height, box_height, alpha),
+                    box_width,
+                    box_height,
+                )
             return (
                 _below(for_left, width - box_width + 1),
                 _below(for_top, height - box_height + 1),
@@ -139,6 +158,44 @@ def crop_box(
                 box_height,
             )
     return _central_box(width, height, ratio)
+
+
+def _centered(word: int, low: float, high: float, side: int, box_side: int, alpha: float) -> int:
+    """Offset on one axis of a box whose center falls between the shares low and high of the image's side."""
+    first, last = (min(max(int(side * edge) - box_side // 2, 0), side - box_side) for edge in (low, high))
+    return first + int((last - first) * beta_quantile(_uniform(word), alpha))
+
+
+def beta_quantile(probability: float, alpha: float) -> float:
+    """Inverse distribution function of Beta(alpha, alpha) for alpha in (0, 1].
+
+    An inverse takes one random word per number, whatever alpha, and for alpha 1 it is the identity. Rejection methods
+    (Johnk's, Cheng's) take an unknown number of words, so they would need a limit and a fallback.
+    """
+    if alpha == 1:
+        return probability
+    upper = probability > 0.5
+    powers, distribution = _beta_table(alpha)
+    wanted = 1 - probability if upper else probability
+    k = min(bisect_right(distribution, wanted), _BETA_NODES) - 1
+    share = (wanted - distribution[k]) / (distribution[k + 1] - distribution[k])
+    quantile = (powers[k] + share * (powers[k + 1] - powers[k])) ** (1 / alpha)
+    return 1 - quantile if upper else quantile
+
+
+@lru_cache(maxsize=8)
+def _beta_table(alpha: float) -> tuple[list[float], list[float]]:
+    """Nodes t = x ** alpha for x from 0 to 1/2, and the distribution function there.
+
+    In t the density is proportional to (1 - x) ** (alpha - 1), smooth and between 1 and 2 on this half: the poles of
+    the density in x are gone, and Simpson's rule and straight lines between the nodes suffice.
+    """
+    step = 0.5**alpha / _BETA_NODES
+    density = [(1 - (k * step / 2) ** (1 / alpha)) ** (alpha - 1) for k in range(2 * _BETA_NODES + 1)]
+    sums = [0.0]
+    for k in range(0, 2 * _BETA_NODES, 2):
+        sums.append(sums[-1] + density[k] + 4 * density[k + 1] + density[k + 2])
+    return [k * step for k in range(_BETA_NODES + 1)], [0.5 * value / sums[-1] for value in sums]
 
 
 def _central_box(width: int, height: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+FILTERS = ("bicubic", "lanczos")
 
 
 class CropSpec(NamedTuple):
@@ -23,6 +27,12 @@ class CropSpec(NamedTuple):
     """Smallest and largest width / height of the box."""
     view: int = 0
     """Crops with the same view number share one box; other numbers draw other boxes."""
+    filter: str = "bicubic"
+    """How the box is resized: "bicubic" or "lanczos", both with antialiasing."""
+    alpha: float = 1.0
+    """With boxes: the center is Beta(alpha, alpha) distributed over the sample's box, in (0, 1]; see sampling.crop_box."""
+    uses_boxes: bool = False
+    """Whether the box is centered inside what `Loader.set_boxes` says of the sample."""
 
 
 class Batch(NamedTuple):
@@ -41,6 +51,16 @@ class Loader(Protocol):
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches start_step .. steps_per_epoch - 1 of one epoch."""
+        ...
+
+    def set_boxes(self, boxes: np.ndarray | None) -> None:
+        """Where in each image the crops with `uses_boxes` have their centers, from the next call of `epoch` on.
+
+        Iterators given out before end with an error: none mixes old boxes with new ones.
+
+        Args:
+            boxes: (N, 4) float32, row = sample id: (top, left, bottom, right) in shares of the image; None: plain crops.
+        """
         ...
 
     def close(self) -> None:
@@ -69,7 +89,7 @@ def check_crops(crops: Sequence[CropSpec], in_chans: int) -> tuple[CropSpec, ...
 
     Raises:
         ValueError: no crop; a size below 1; a range that is not 0 < low <= high (scale: <= 1); crops of one view that
-            ask for different scale or ratio; in_chans below 1.
+            ask for different scale, ratio, alpha or uses_boxes; unknown filter; alpha not in (0, 1]; in_chans below 1.
     """
     if not crops:
         raise ValueError("crops: expected at least one CropSpec, got none.")
@@ -83,10 +103,34 @@ def check_crops(crops: Sequence[CropSpec], in_chans: int) -> tuple[CropSpec, ...
             raise ValueError(f"CropSpec.scale: expected 0 < low <= high <= 1, got {crop.scale}.")
         if not 0 < crop.ratio[0] <= crop.ratio[1]:
             raise ValueError(f"CropSpec.ratio: expected 0 < low <= high, got {crop.ratio}.")
+        if crop.filter not in FILTERS:
+            raise ValueError(f"CropSpec.filter: expected one of {', '.join(FILTERS)}, got {crop.filter!r}.")
+        if not 0 < crop.alpha <= 1:
+            raise ValueError(f"CropSpec.alpha: expected 0 < alpha <= 1, got {crop.alpha}.")
         first = of_view.setdefault(crop.view, crop)
-        if (first.scale, first.ratio) != (crop.scale, crop.ratio):
-            raise ValueError(
-                f"CropSpec.view: crops of view {crop.view} share one box and so need one scale and ratio, "
-                f"got {first.scale} {first.ratio} and {crop.scale} {crop.ratio}; give them other views."
-            )
+        for name in ("scale", "ratio", "alpha", "uses_boxes"):
+            if getattr(first, name) != getattr(crop, name):
+                raise ValueError(
+                    f"CropSpec.view: crops of view {crop.view} share one box and so need one {name}, "
+                    f"got {getattr(first, name)} and {getattr(crop, name)}; give them other views."
+                )
     return tuple(crops)
+
+
+def check_boxes(boxes: np.ndarray, count: int) -> np.ndarray:
+    """A copy of the boxes of `count` samples as float32, which nobody else can change.
+
+    Raises:
+        ValueError: another shape, or a box that is not 0 <= top <= bottom <= 1 and 0 <= left <= right <= 1.
+    """
+    boxes = np.array(boxes, np.float32)
+    if boxes.shape != (count, 4):
+        raise ValueError(f"boxes: expected shape {(count, 4)}, one row per image, got {boxes.shape}.")
+    top, left, bottom, right = boxes.T
+    good = (top >= 0) & (bottom >= top) & (bottom <= 1) & (left >= 0) & (right >= left) & (right <= 1)
+    if not good.all():
+        first = int(np.argmin(good))
+        raise ValueError(
+            f"boxes: expected top, left, bottom, right in 0..1 and in order, got {boxes[first].tolist()} for sample {first}."
+        )
+    return boxes

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 
 from .sampling import batch_positions, permute
-from .spec import Batch, CropSpec, check_crops
+from .spec import Batch, CropSpec, check_boxes, check_crops
 
 _POOL = 64  # different pictures
 IMAGENET_TRAIN = 1_281_167  # images; so that epochs have a familiar length
@@ -51,6 +52,11 @@ class SyntheticLoader:
             positions = batch_positions(step, *self._place)
             ids = torch.from_numpy(permute(self._seed, epoch, self._count, positions)).to(self._pools[0].device)
             yield Batch(tuple(pool[ids % len(pool)] for pool in self._pools), ids)
+
+    def set_boxes(self, boxes: np.ndarray | None) -> None:
+        """See Loader.set_boxes. Noise has no objects: checked, and nothing else."""
+        if boxes is not None:
+            check_boxes(boxes, self._count)
 
     def close(self) -> None:
         """Nothing runs in the background."""

@@ -1,4 +1,4 @@
-"""Worker processes that decode: a thin layer over torch's DataLoader that starts them safely and stops them surely."""
+"""Who decodes ahead of need: worker processes (a thin layer over torch's DataLoader) or threads of this process."""
 
 from __future__ import annotations
 
@@ -10,15 +10,21 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 PREFETCH = 2  # finished or running requests per worker
+_PATIENCE_S = 10  # for a thread to end what it is at
 _SHARED_MEMORY = "/dev/shm"
 _IGNORED = [getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
@@ -93,6 +99,86 @@ class Answers:
         shut_down = getattr(self._iterator, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
+
+
+class ThreadAnswers:
+    """As Answers, worked out by threads of this process: for work that holds the interpreter's lock for little of its time.
+
+    Nothing is copied between processes, nothing is forked, and a thread cannot be killed alone.
+
+    Args:
+        dataset, requests, timeout_s: as for Answers.
+        threads: answers under way at once; as many again, or one less, wait to be taken.
+        prepare: called first in each thread.
+    Raises:
+        RuntimeError: (from the iterator) silence for too long. What `dataset[request]` raises, at its place in the order.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        requests: Iterable[Any],
+        *,
+        threads: int,
+        timeout_s: float = 300,
+        prepare: Callable[[], object] | None = None,
+    ):
+        self._requests, self._timeout_s = iter(requests), timeout_s
+        self._tasks: SimpleQueue[tuple[Future, Any] | None] = SimpleQueue()
+        self._pending: deque[Future] = deque()
+        # Daemons: one that is stuck in a dead file system must not keep the program from ending.
+        self._threads = [
+            threading.Thread(target=_serve, args=(dataset, self._tasks, prepare), daemon=True, name=f"data-{i}")
+            for i in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self._ask(max(PREFETCH, 2 * threads - 1))
+
+    def _ask(self, count: int) -> None:
+        for request in islice(self._requests, count):
+            future: Future = Future()
+            self._pending.append(future)
+            self._tasks.put((future, request))
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        if not self._pending:
+            raise StopIteration
+        try:
+            answer = self._pending.popleft().result(self._timeout_s)
+        except FutureTimeout as e:
+            raise RuntimeError(
+                f"data threads: expected an answer within {self._timeout_s:g} s, got none; "
+                "look whether the file system of the images hangs."
+            ) from e
+        self._ask(1)
+        return answer
+
+    def close(self) -> None:
+        """End the threads, and wait for what they are at; may be called twice."""
+        while self._pending:
+            self._pending.popleft().cancel()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join(_PATIENCE_S)
+        self._threads = []
+
+
+def _serve(dataset: Dataset, tasks: SimpleQueue, prepare: Callable[[], object] | None) -> None:
+    if prepare is not None:
+        prepare()
+    while (task := tasks.get()) is not None:
+        future, request = task
+        if not future.set_running_or_notify_cancel():
+            continue
+        try:
+            future.set_result(dataset[request])
+        except BaseException as e:
+            future.set_exception(e)
 
 
 def start_method() -> str:

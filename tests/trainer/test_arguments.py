@@ -30,6 +30,7 @@ FROZEN = [
     "--loader",
     "--log-every",
     "--lr",
+    "--lr-end",
     "--mean",
     "--method",
     "--model",
@@ -41,6 +42,7 @@ FROZEN = [
     "--reconstruct-every",
     "--resume",
     "--save-every",
+    "--schedule",
     "--seed",
     "--std",
     "--stem",
@@ -243,3 +245,10 @@ def test_options_survive_a_round_trip_through_plain_values(method):
     for preset in base.find(method).PRESETS.values():
         plain = yaml.safe_load(yaml.safe_dump(to_plain(preset.options)))
         assert from_plain(type(preset.options), plain) == preset.options
+
+
+def test_a_method_option_is_switched_off_by_flag_and_by_file(tmp_path):
+    assert parse_train(["--method", "mae", "--mae.no-norm-pix"]).options.norm_pix is False
+    path = tmp_path / "run.yaml"
+    path.write_text("method: mae\nmae:\n  norm_pix: false\n")
+    assert parse_train(["--config", str(path)]).options.norm_pix is False

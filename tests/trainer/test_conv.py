@@ -73,8 +73,8 @@ def gelu(x):
 def conv_block(w, maps, mask):
     """mask: 1 where a pixel of the stage belongs to a visible patch."""
     hidden = pointwise(w, "conv1", channel_norm(w, "norm1", maps)) * mask
-    kernel = w["spread.conv.weight"]
-    hidden = F.conv2d(hidden[None], kernel, w["spread.conv.bias"], padding=2, groups=len(kernel))[0]
+    kernel = w["spread.weight"]
+    hidden = F.conv2d(hidden[None], kernel, w["spread.bias"], padding=2, groups=len(kernel))[0]
     maps = maps + pointwise(w, "conv2", hidden)
     return maps + pointwise(w, "fc2", gelu(pointwise(w, "fc1", channel_norm(w, "norm2", maps))))
 
@@ -197,7 +197,7 @@ def test_losses_with_a_conv_stem(name):
     else:
         targets = {id(p.target) for p in method.ema_pairs()}
         followers = set(dict(method.target_encoder.named_parameters()))
-        assert {"skip1.linear.weight", "stage1.0.spread.conv.weight"} <= followers
+        assert {"skip1.linear.weight", "stage1.0.spread.weight"} <= followers
         assert all(id(p) in targets and p.grad is None for p in method.target_encoder.parameters())
 
 

@@ -99,6 +99,17 @@ def test_exported_encoder_is_the_checkpoint_encoder_and_describes_itself(run_fol
     assert encoder.position.equal(other.position)
 
 
+def test_linear_probe_command_names_its_weight_decay(run_folder, tmp_path, capsys):
+    from fastmim_pipelines.demo import write_demo
+
+    write_demo(tmp_path / "demo", images=30, val_images=10, workers=0, progress=lambda line: None)
+    where = ["--data", str(tmp_path / "demo/train"), "--val-data", str(tmp_path / "demo/val"), "--workers", "0"]
+    assert cli.run(["linear", str(run_folder), *where, "--precision", "fp32"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("linear probe top-1: ") and "10 validation images, 30 training images), weight decay" in said
+    assert cli.run(["linear", str(run_folder), *where, "--raw"]) == 0
+
+
 @pytest.mark.parametrize("content", [b"", b"not a tensor file", None], ids=["empty", "text", "foreign"])
 def test_foreign_encoder_file_is_refused(tmp_path, content, capsys):
     path = tmp_path / "encoder.safetensors"

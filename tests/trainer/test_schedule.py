@@ -92,3 +92,18 @@ def test_duration_counts_epochs_or_steps(text, steps):
 def test_duration_refuses_what_it_cannot_read(text):
     with pytest.raises(ConfigError, match="warmup"):
         Duration.parse(text, "--warmup")
+
+
+def test_learning_rate_cosine_may_end_above_zero():
+    """CAE: from 1.5e-3 to 1e-5, by lr = end + (peak - end) (1 + cos) / 2."""
+    for step in (20, 47, 80, 99, 100):
+        expected = 1e-5 + (1.5e-3 - 1e-5) * (1 + math.cos(math.pi * (step - 20) / 80)) / 2
+        assert learning_rate(step, total=100, warmup=20, peak=1.5e-3, end=1 / 150) == pytest.approx(expected)
+    assert learning_rate(100, total=100, warmup=20, peak=1.5e-3, end=1 / 150) == pytest.approx(1e-5)
+
+
+def test_learning_rate_of_the_step_schedule_falls_once():
+    rates = [
+        learning_rate(epoch, total=800, warmup=10, peak=4e-4, schedule="step") for epoch in (10, 400, 699, 700, 799)
+    ]
+    assert rates == pytest.approx([4e-4, 4e-4, 4e-4, 4e-5, 4e-5])

@@ -27,7 +27,7 @@ def run(capsys, *argv: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["trian"], "expected a command (train, knn, demo-data, info), got trian; did you mean train?"),
+        (["trian"], "expected a command (train, knn, linear, demo-data, info), got trian; did you mean train?"),
         (["train", "--batchsize", "3"], "did you mean --batch-size?"),
         (["train", "--method", "mea"], "--method: expected one of cmae, mae"),
         (["train", "--data", "nowhere", *SMALL], "nowhere"),

@@ -1,0 +1,45 @@
+"""Depthwise convolution of an image of which only some patches are visible, on the patches' own pixels."""
+
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_ids, check_rank, fail
+
+__all__ = ["depthwise_patches"]
+
+
+def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Convolve each channel with its own odd kernel, with zeros at masked patches and around the image.
+
+    In plain torch: put the patches at their places in a map of zeros (B, C, grid[0] * s, grid[1] * s), ``conv2d`` with
+    groups = C and "same" padding, and take the same patches out again. Sums are made in float32 or wider.
+
+    Args:
+        x: (B, K, s, s, C) feature maps of the visible patches, s x s pixels each.
+        ids: (B, K) int64, their places in the grid, no place twice; None: all of them, in raster order.
+        weight: (C, 1, k, k), k odd. bias: (C,).
+        grid: patches per column and per row.
+
+    Returns: (B, K, s, s, C) in the dtype of x. Differentiable with respect to x, weight and bias.
+    Raises: ValueError, TypeError or IndexError for arguments that do not fit each other.
+    Source: Alpha-VL/ConvMAE models_convmae.py, whose mask multiplies the input of its depthwise convolutions.
+    """
+    check_rank("x", x, "(B, K, s, s, C)")
+    check_rank("weight", weight, "(C, 1, k, k)")
+    check_rank("bias", bias, "(C,)")
+    batch, keep, side, other, width = x.shape
+    count = grid[0] * grid[1]
+    if side != other or not x.is_floating_point():
+        raise fail("x", "floats (B, K, s, s, C)", f"{x.dtype} {tuple(x.shape)}", "give square patches", TypeError)
+    if ids is not None:
+        check_ids("ids", ids, batch, count, x.device)
+    if keep != (count if ids is None else ids.shape[1]):
+        raise fail("x", "one patch per id (all of the grid without ids)", f"{keep} patches", "check x, ids and grid")
+    size = weight.shape[2]
+    if tuple(weight.shape) != (width, 1, size, size) or size % 2 == 0 or tuple(bias.shape) != (width,):
+        got = f"{tuple(weight.shape)}, {tuple(bias.shape)}"
+        raise fail("weight, bias", f"({width}, 1, k, k) with odd k, ({width},)", got, "give one kernel per channel")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.device != x.device:
+            raise fail(name, f"a tensor on {x.device} like x", tensor.device, "move it")
+    return dispatch.implementation("depthwise", x.device.type).depthwise_patches(x, ids, weight, bias, grid)

@@ -1,0 +1,96 @@
+"""Finds the C++ library of the CPU kernels (kernels/csrc), loads it and calls its functions.
+
+There is one library per instruction set, and the one for torch's own CPU capability is taken (``ATEN_CPU_CAPABILITY``
+lowers both). It lies in a folder of this package: in an installed wheel beside this file; in an editable install in
+site-packages; in a plain checkout where ``cmake --install build/native --prefix kernels`` puts it.
+"""
+
+import ctypes
+import functools
+import pathlib
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Element types as kernels/csrc/kernel.h numbers them.
+DTYPES = {torch.uint8: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+# Floating dtypes that the kernels know. They compute in float32, so wider ones are left to the reference.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+LETTERS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
+OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+
+
+class Entry(ctypes.Structure):
+    """An exported function: one letter per argument type, and its address."""
+
+    _fields_ = (("arguments", ctypes.c_char_p), ("address", ctypes.c_void_p))
+
+
+def candidates() -> list[pathlib.Path]:
+    """Where the library may lie, best first."""
+    names = dict.fromkeys(f"_native_{c}.so" for c in (torch.backends.cpu.get_cpu_capability().lower(), "default"))
+    return [pathlib.Path(folder) / name for name in names for folder in sys.modules[__package__].__path__]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Raises: ImportError where there is none, OSError where it does not load."""
+    path = next((path for path in candidates() if path.exists()), None)
+    if path is None:
+        raise ImportError(
+            f"no {candidates()[-1].name} in {', '.join(sys.modules[__package__].__path__)}; "
+            "install fastmim where a C++ compiler is, or build it with cmake"
+        )
+    loaded = ctypes.CDLL(str(path))
+    _call(loaded, "use_openmp")(*_openmp())
+    return loaded
+
+
+def _openmp() -> list[int | None]:
+    """Addresses in the OpenMP runtime that torch has loaded, so that both share one pool of threads; None where it has
+    another (the kernels then run on one thread)."""
+    try:
+        torch_cpu = ctypes.CDLL(str(next(pathlib.Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))))
+        return [ctypes.cast(getattr(torch_cpu, name), ctypes.c_void_p).value for name in OPENMP]
+    except (StopIteration, OSError, AttributeError):
+        return [None] * len(OPENMP)
+
+
+def _call(loaded: ctypes.CDLL, name: str) -> Callable[..., int]:
+    try:
+        entry = Entry.in_dll(loaded, f"fastmim_{name}")
+    except ValueError as e:
+        raise ImportError(f"{loaded._name} has no function {name}: it was built from other sources; build it anew") from e
+    return ctypes.CFUNCTYPE(ctypes.c_int, *(LETTERS[letter] for letter in entry.arguments.decode()))(entry.address)
+
+
+def function(name: str) -> Callable[..., None]:
+    """The C function ``name``: called with numbers, ctypes arrays, None, or tensors, whose addresses are passed.
+
+    Raises: ImportError or OSError where the library is missing or too old. The function raises IndexError,
+        MemoryError or TypeError by its status.
+    """
+    call = _call(library(), name)
+
+    def checked(*arguments: object) -> None:
+        status = call(*[a.data_ptr() if isinstance(a, Tensor) else a for a in arguments])
+        if status == 1:
+            raise MemoryError(f"{name}: no memory for the kernel's scratch space; use a smaller batch")
+        if status == 2:
+            raise IndexError(f"{name}: expected ids and offsets inside the image, got one outside; correct them")
+        if status:
+            raise TypeError(f"{name}: expected a dtype of {[str(d) for d in DTYPES]}, got another; convert the tensor")
+
+    return checked
+
+
+def integers(*values: int) -> ctypes.Array:
+    """A C array of int64."""
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def floats(values: list[float]) -> ctypes.Array:
+    """A C array of float."""
+    return (ctypes.c_float * len(values))(*values)

@@ -1,0 +1,41 @@
+"""Contrast among the patches of a mixture: same image together, other images apart."""
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_like, check_positive, check_rank, fail
+
+__all__ = ["patch_contrastive_loss"]
+
+
+def patch_contrastive_loss(features: Tensor, src: Tensor, temperature: float) -> Tensor:
+    """Supervised contrastive loss inside each mixture, where the label of a patch is the image that it comes from.
+
+    With unit vectors u and the partners P(i) = {p != i, src_p = src_i}: mean over mixtures and patches i of
+    ``-1 / |P(i)| * sum_p log(exp(u_i . u_p / t) / sum_{a != i} exp(u_i . u_a / t))``. A patch without a partner counts
+    as 0. Both sides carry the gradient. Computed in float32 even under autocast.
+
+    Args:
+        features: (G, L, D) floats, normalized here; patch tokens only.
+        src: (G, L) int64, any label per patch.
+        temperature: t, above 0.
+
+    Returns: scalar float32 (float64 for float64 features); log(L - 1) for features without structure. Differentiable
+        with respect to features.
+    Raises: ValueError for no mixture, fewer than 2 patches, unfitting shapes or temperature; TypeError for dtypes.
+    Source: Khosla et al., "Supervised contrastive learning", arXiv 2004.11362, eq. 2 (and its public code, where an
+        anchor without a partner costs 0); MixedAE, arXiv 2303.17152, for the labels.
+    """
+    check_rank("features", features, "(G, L, D)")
+    groups, length, _ = features.shape
+    if not features.is_floating_point():
+        raise fail("features", "floats", features.dtype, "convert them", TypeError)
+    if groups == 0 or length < 2:
+        raise fail("features", "at least 1 mixture of 2 patches", tuple(features.shape), "give a batch of mixtures")
+    check_rank("src", src, "(G, L)")
+    check_like("src", src, (groups, length), torch.int64, features.device)
+    check_positive("temperature", temperature)
+    return dispatch.implementation("patch_contrast", features.device.type).patch_contrastive_loss(
+        features, src, temperature
+    )

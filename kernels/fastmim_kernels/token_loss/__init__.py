@@ -1,0 +1,60 @@
+"""Linear layer and cross entropy in one, for large vocabularies: the logits are never held as a whole."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_like, check_rank, fail, is_readable
+
+__all__ = ["TokenLoss", "linear_cross_entropy"]
+
+
+class TokenLoss(NamedTuple):
+    loss: Tensor  # scalar, mean over the rows
+    accuracy: Tensor  # scalar float32 in [0, 1], detached: the share of rows whose largest logit is the label's
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chunk: int | None = None
+) -> TokenLoss:
+    """Mean cross entropy of the logits ``x @ weight.T + bias``, and how many of them are right.
+
+    The same as ``F.cross_entropy(F.linear(x, weight, bias).float(), labels)``, ``chunk`` rows at a time, with the
+    gradients computed on the way: three matrix products as without chunks, nothing is computed twice, and what is kept
+    for the backward pass has the size of x and of weight. Under autocast the products run in its dtype; softmax, sums
+    over rows and gradients of weight and bias are float32.
+
+    Args:
+        x: (N, D) floats, N at least 1. weight: (V, D). bias: (V,) or None.
+        labels: (N,) int64 in 0..V-1 (values are checked on the CPU only).
+        chunk: rows at a time: chunk * V logits exist at once. None: what suits the device.
+
+    Returns: TokenLoss; loss is float32 (float64 for float64 inputs). Differentiable once with respect to x, weight and
+        bias.
+    Raises: ValueError, TypeError for shapes, dtypes or devices that do not fit; IndexError for labels out of range.
+    Source: Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2 (gradients in the forward pass, chunk by chunk).
+    """
+    check_rank("x", x, "(N, D)")
+    check_rank("weight", weight, "(V, D)")
+    if x.shape[1] != weight.shape[1] or x.shape[0] == 0 or weight.shape[0] == 0:
+        got = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        raise fail("x, weight", "(N, D) and (V, D), not empty", got, "give both the same width")
+    floats = [x, weight] if bias is None else [x, weight, bias]
+    if any(t.device != x.device or not t.is_floating_point() for t in floats):
+        got = ", ".join(f"{t.dtype} on {t.device}" for t in floats)
+        raise fail("x, weight, bias", "floats on one device", got, "move or convert them")
+    if bias is not None:
+        check_like("bias", bias, (weight.shape[0],), bias.dtype, x.device)
+    check_like("labels", labels, (x.shape[0],), labels.dtype, x.device)
+    if labels.dtype.is_floating_point or labels.dtype.itemsize != 8:
+        raise fail("labels", "int64 class numbers", labels.dtype, "convert them with .long()", TypeError)
+    if is_readable(labels):
+        low, high = (int(v) for v in labels.aminmax())
+        if low < 0 or high >= weight.shape[0]:
+            expected = f"class numbers in 0..{weight.shape[0] - 1}"
+            raise fail("labels", expected, f"{low}..{high}", "check the vocabulary", IndexError)
+    if chunk is not None and chunk < 1:
+        raise fail("chunk", "at least 1 row", chunk, "correct chunk")
+    op = dispatch.implementation("token_loss", x.device.type)
+    return TokenLoss(*op.linear_cross_entropy(x, weight, bias, labels, chunk=chunk))

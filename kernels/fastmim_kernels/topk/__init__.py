@@ -1,0 +1,61 @@
+"""Attention in which each patch keeps only the patches that it rates highest."""
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_like, check_positive, check_rank, fail
+
+__all__ = ["topk_attention"]
+
+
+def topk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk: int,
+    *,
+    num_prefix: int = 1,
+    scale: float | None = None,
+    labels: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over the ``topk`` best patch keys of each patch query, per head, and all prefix keys.
+
+    In plain torch: ``s = scale * q @ k.T`` in float32; ``least = s[P:, P:].topk(topk, -1).values[..., -1:]``; patch keys
+    with ``s < least`` become -inf in the rows of patch queries; ``s.softmax(-1) @ v``. Keys tied with the topk-th stay,
+    so that more than ``topk`` may. Prefix queries attend to everything. The choice is a constant of the gradient, which
+    flows through the kept scores only. ``topk = L`` is plain attention.
+
+    Args:
+        q, k, v: (B, H, N, d) floats of one dtype, N = P + L; any strides. Scores are float32 even under autocast.
+        topk: K, 1..L.
+        num_prefix: P, 0 or more tokens before the patches.
+        scale: of the scores; None: d**-0.5.
+        labels: (B, L) int64, the image that each patch comes from, to count how many of the keys were chosen rightly.
+
+    Returns: (B, H, N, d) of the dtype of v; with labels a pair of it and (B, H, L) int64: of the kept patch keys of each
+        patch query, itself included, those with its label. Differentiable with respect to q, k and v.
+    Raises: ValueError or TypeError for arguments that do not fit each other or counts out of range.
+    Source: MixedAE, arXiv 2303.17152 (TopK in the attention); the treatment of prefix tokens is our choice.
+    """
+    check_rank("q", q, "(B, H, N, d)")
+    for name, tensor in (("k", k), ("v", v)):
+        check_rank(name, tensor, "(B, H, N, d)")
+        if tensor.shape != q.shape or tensor.device != q.device:
+            got = f"{tuple(tensor.shape)} on {tensor.device}"
+            raise fail(name, f"{tuple(q.shape)} on {q.device} like q", got, "give q, k and v one shape and device")
+        if tensor.dtype != q.dtype or not q.is_floating_point():
+            raise fail(name, "floats of one dtype for q, k and v", f"{q.dtype}, {tensor.dtype}", "convert", TypeError)
+    length = q.shape[2]
+    if not 0 <= num_prefix < length:
+        raise fail("num_prefix", f"0..{length - 1}, less than the {length} tokens", num_prefix, "correct num_prefix")
+    if not 1 <= topk <= length - num_prefix:
+        raise fail("topk", f"1..{length - num_prefix}, the number of patches", topk, "keep fewer keys")
+    if scale is None:
+        scale = q.shape[3] ** -0.5
+    check_positive("scale", scale)
+    if labels is not None:
+        check_like("labels", labels, (q.shape[0], length - num_prefix), torch.int64, q.device)
+    return dispatch.implementation("topk", q.device.type).topk_attention(
+        q, k, v, topk, num_prefix=num_prefix, scale=scale, labels=labels
+    )
