@@ -7,9 +7,8 @@ variant puts it before the same decoders (arXiv 2207.13532); its training code w
 from collections.abc import Sequence
 
 import torch
-from fastmim_kernels import depthwise_patches, patchify_gather
+from fastmim_kernels import bias_gelu, depthwise_patches, patchify_gather
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastmim.config import SIZES, ConfigError, ModelSpec
 from fastmim.vit import NORM_EPS, Attend, Block, attention, sincos_position
@@ -69,7 +68,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor, ids: Tensor | None) -> Tensor:
         x = x + self.conv2(self.spread(self.conv1(self.norm1(x)), ids))
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        return x + self.fc2(bias_gelu(self.fc1(self.norm2(x))))
 
 
 class ConvEncoder(nn.Module):
@@ -122,15 +121,15 @@ class ConvEncoder(nn.Module):
         """(B, K, V) patches and their (B, K) indices (None: all) -> (B, K, D)."""
         side, channels = self.model.patch_size, self.model.in_chans
         x = patches.view(*patches.shape[:2], side, side, channels)
-        x = F.gelu(self.norm1(self.embed1(x)))
+        x = bias_gelu(self.norm1(self.embed1(x)))
         for block in self.stage1:
             x = block(x, ids)
         skip = self.skip1(x)
-        x = F.gelu(self.norm2(self.embed2(x)))
+        x = bias_gelu(self.norm2(self.embed2(x)))
         for block in self.stage2:
             x = block(x, ids)
         skip = (skip + self.skip2(x)).flatten(2)
-        x = F.gelu(self.norm3(self.embed3(x))).flatten(2)
+        x = bias_gelu(self.norm3(self.embed3(x))).flatten(2)
         x = self.project(x) + (self.position if ids is None else self.position[ids])
         attends = [attend] * len(self.blocks) if callable(attend) else attend
         for block, each in zip(self.blocks, attends, strict=True):

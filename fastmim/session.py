@@ -19,6 +19,7 @@ from fastmim.device import default_precision, memory_bytes, pick_device
 from fastmim.engine import base as engines
 from fastmim.evaluate.knn import measure, raw_pixels
 from fastmim.export import write_encoder
+from fastmim.flops import mfu, peak_flops, training_flops
 from fastmim.methods import base as methods
 from fastmim.metrics import Display, check_tracker, open_tracker
 from fastmim.pictures import write_pictures
@@ -79,6 +80,10 @@ class Session:
                 f"--batch-size: expected a multiple of {each} (processes x --accumulate x {plan.batch_multiple}, the "
                 f"images of a group of {config.method}), got {config.batch_size}; take {max(1, config.batch_size // each) * each}"
             )
+        formula = getattr(methods.find(config.method), "flops", None)
+        self.flops = training_flops(config.method, self.model, config.options, formula)
+        if self.flops is not None:
+            self.say(f"cost      {self.flops.training / 1e9:.3g} GFLOP per image as published, forward and backward")
         for note in plan.notes:
             self.say(f"note      {note}")
         self.say(f"lr        {config.peak_lr:.3g} at batch {config.batch_size}")
@@ -127,7 +132,7 @@ class Session:
         total = config.total_steps(loader.steps_per_epoch)
         display = Display(total, enabled=dist.is_main())
         boxes = self._boxes(loader, total, display)
-        trainer = Trainer(config, self.method, self.engine, loader, out, display, boxes=boxes)
+        trainer = Trainer(config, self.method, self.engine, loader, out, display, boxes=boxes, mfu=self._mfu)
         try:
             if config.resume is not None:
                 trainer.resume(config.resume)
@@ -160,6 +165,12 @@ class Session:
             return make_loader(config.loader, self.crops, data=self.train_index, **options)
         except (ValueError, ModuleNotFoundError) as e:
             raise ConfigError(str(e)) from e
+
+    def _mfu(self, images_per_s: float) -> float | None:
+        if self.device.type != "cuda" or self.config.precision == "fp32":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.device))
+        return mfu(images_per_s, self.flops, None if peak is None else peak * dist.launched_world())
 
     def _boxes(self, loader, total: int, display: Display) -> HeatBoxes | None:
         if self.train_index is None or not any(crop.uses_boxes for crop in self.crops):

@@ -87,6 +87,7 @@ class Trainer:
         display: where to say things.
         track: receives every record that goes to metrics.jsonl.
         boxes: gives the loader its boxes; None: the method's crops use none.
+        mfu: share of the devices' peak at a number of images per second; None where it is not known.
     """
 
     def __init__(
@@ -99,9 +100,10 @@ class Trainer:
         display: Display,
         track: Callable[[dict], None] = lambda record: None,
         boxes: Boxes | None = None,
+        mfu: Callable[[float], float | None] = lambda images_per_s: None,
     ):
         self.config, self.method, self.engine, self.loader = config, method, engine, loader
-        self.out, self.display, self.track, self.boxes = out, display, track, boxes
+        self.out, self.display, self.track, self.boxes, self.mfu = out, display, track, boxes, mfu
         self.steps_per_epoch = loader.steps_per_epoch
         self.total = config.total_steps(self.steps_per_epoch)
         self.warmup = self.steps_of(config.warmup)
@@ -276,6 +278,9 @@ class Trainer:
             **values,
             **({} if self.boxes is None else self.boxes.values()),
         }
+        share = self.mfu(record["images_per_s"])
+        if share is not None:
+            record["mfu"] = share
         self._write(record)
         self.display.record(record)
         if self.skipped > SKIP_BUDGET:

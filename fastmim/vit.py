@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from fastmim_kernels import Stream, gather_tokens, patchify_gather, restore_tokens, uniform
+from fastmim_kernels import Stream, bias_gelu, gather_tokens, patchify_gather, restore_tokens, uniform
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -104,7 +104,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, attend: Attend = attention, drop: Tensor | None = None) -> Tensor:
         """drop: (B, 2) factors of the two branches, 0 where stochastic depth leaves one out."""
         x = x + scaled(self.attn(self.norm1(x), attend), self.gamma_1, drop, 0)
-        return x + scaled(self.fc2(F.gelu(self.fc1(self.norm2(x)))), self.gamma_2, drop, 1)
+        return x + scaled(self.fc2(bias_gelu(self.fc1(self.norm2(x)))), self.gamma_2, drop, 1)
 
 
 def scaled(branch: Tensor, gamma: Tensor | None, drop: Tensor | None, column: int) -> Tensor:
@@ -188,8 +188,9 @@ class Encoder(nn.Module):
         Returns:
             (B, 1 + K, D), class token first.
         """
-        position = self.position[1:] if ids is None else self.position[1:][ids]
-        x = self.embed(patches, ids) + position
+        x = self.embed(patches, ids)
+        if self.design["position"]:
+            x = x + (self.position[1:] if ids is None else self.position[1:][ids])
         if extra is not None:
             x = x + extra
         cls = (self.cls_token + self.position[0]).expand(len(x), 1, -1)
@@ -289,7 +290,7 @@ def initialize(module: nn.Module) -> None:
             if name == "patch_embed":
                 bound = 1 / math.sqrt(part.in_features)
                 nn.init.uniform_(part.bias, -bound, bound)
-            else:
+            elif part.bias is not None:
                 nn.init.zeros_(part.bias)
     for name, parameter in module.named_parameters(recurse=False):
         if name.endswith("_token"):

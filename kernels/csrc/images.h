@@ -1,10 +1,6 @@
 // Reading pixels of a window in (flipped) images as floats; shared by the views, the patches and the pixel loss.
 #pragma once
 
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
-
 #include "kernel.h"
 
 namespace fastmim {
@@ -42,51 +38,19 @@ struct Images {
   }
 };
 
-// out[i] = p[i * STEP] * scale for N values: the fixed length makes one vector conversion of it.
-template <int N, int STEP, class T>
-inline void read_values(const T* p, float scale, float* out) {
-#pragma omp simd
-  for (int i = 0; i < N; ++i) out[i] = to_float(p[i * STEP]) * scale;
-}
-
-#ifdef __AVX2__
-// GCC 12 takes bytes apart in many small steps.
-template <int STEP>
-inline void read_16(const uint8_t* p, float scale, float* out) {
-  const __m128i reverse = _mm_set_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(STEP > 0 ? p : p - 15));
-  if (STEP < 0) bytes = _mm_shuffle_epi8(bytes, reverse);
-#ifdef __AVX512F__
-  _mm512_storeu_ps(out, _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)), _mm512_set1_ps(scale)));
+// A pixel in 0..1, exactly x / 255 for bytes: with a fused multiply-add two factors give the quotient's rounding for
+// each of the 256 levels.
+inline float unit_level(uint8_t v) {
+#ifdef __FP_FAST_FMAF
+  constexpr float HIGH = 1.0f / 255.0f, LOW = static_cast<float>(1.0 / 255.0 - static_cast<double>(HIGH));
+  return __builtin_fmaf(to_float(v), HIGH, to_float(v) * LOW);
 #else
-  const __m256 factor = _mm256_set1_ps(scale);
-  _mm256_storeu_ps(out, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), factor));
-  bytes = _mm_unpackhi_epi64(bytes, bytes);
-  _mm256_storeu_ps(out + 8, _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)), factor));
+  return to_float(v) / 255.0f;
 #endif
 }
-#endif
-
-template <int STEP, class T>
-inline void read_16(const T* p, float scale, float* out) {
-  read_values<16, STEP>(p, scale, out);
-}
-
-template <int STEP, class T>
-inline void read_unit_steps(const T* p, int64_t n, float scale, float* out) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) read_16<STEP>(p + i * STEP, scale, out + i);
-  for (; i + 8 <= n; i += 8) read_values<8, STEP>(p + i * STEP, scale, out + i);
-  for (; i + 4 <= n; i += 4) read_values<4, STEP>(p + i * STEP, scale, out + i);
-  for (; i < n; ++i) out[i] = to_float(p[i * STEP]) * scale;
-}
-
-// out[i] = p[i * step] * scale
 template <class T>
-inline void read_row(const T* p, int64_t step, int64_t n, float scale, float* out) {
-  if (step == 1) return read_unit_steps<1>(p, n, scale, out);
-  if (step == -1) return read_unit_steps<-1>(p, n, scale, out);
-  for (int64_t i = 0; i < n; ++i) out[i] = to_float(p[i * step]) * scale;
+inline float unit_level(T v) {
+  return to_float(v);
 }
 
 // out[i] = p[i * step], in pieces of fixed length.
@@ -107,7 +71,8 @@ inline void copy_row(const T* p, int64_t step, int64_t n, T* out) {
   for (; i < n; ++i) out[i] = p[i * step];
 }
 
-// The grid of patches in the window, and how their values are normalized: (level - shift[c]) * scale[c].
+// The grid of patches in the window, and how their values are normalized: (pixel - shift[c]) * scale[c] with the pixel as
+// it is stored, or unit_level(pixel) where shift is null.
 struct Patches {
   int64_t size, columns, count, values;
   const float *shift, *scale;
@@ -134,21 +99,26 @@ struct Patches {
       for (int64_t y = 0; y < size; ++y)
         copy_row(first + c * images.stride_c + y * images.stride_y, step, size, planes + c * area + y * size);
     if (channels == 3) {
-      interleave<3>(planes, area, out);
-    } else if (channels == 1) {
-      interleave<1>(planes, area, out);
+      interleave<3>(planes, channels, area, out);
     } else {
-      for (int64_t c = 0; c < channels; ++c)
-        for (int64_t i = 0; i < area; ++i) out[i * channels + c] = (to_float(planes[c * area + i]) - shift[c]) * scale[c];
+      interleave<0>(planes, channels, area, out);
     }
   }
 
  private:
+  // C: the number of channels where it is known at compile time, else 0.
   template <int C, class T>
-  void interleave(const T* planes, int64_t area, float* out) const {
+  void interleave(const T* planes, int64_t channels, int64_t area, float* out) const {
+    const int64_t count = C ? C : channels;
+    if (shift) {
 #pragma omp simd
-    for (int64_t i = 0; i < area; ++i)
-      for (int c = 0; c < C; ++c) out[i * C + c] = (to_float(planes[c * area + i]) - shift[c]) * scale[c];
+      for (int64_t i = 0; i < area; ++i)
+        for (int64_t c = 0; c < count; ++c) out[i * count + c] = (to_float(planes[c * area + i]) - shift[c]) * scale[c];
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < area; ++i)
+        for (int64_t c = 0; c < count; ++c) out[i * count + c] = unit_level(planes[c * area + i]);
+    }
   }
 };
 

@@ -22,13 +22,18 @@ struct Planes {
   float* plane(int64_t c) const { return data + c * n; }
 };
 
+// `scratch` has room for n floats.
 template <class T>
-void read_window(const Images& images, int64_t b, const Planes& x) {
-  const float scale = std::is_same_v<T, uint8_t> ? 1.0f / 255.0f : 1.0f;
+void read_window(const Images& images, int64_t b, const Planes& x, float* scratch) {
   const auto [first, step] = images.at<T>(b, 0, 0);
-  for (int64_t c = 0; c < x.channels; ++c)
+  T* window = reinterpret_cast<T*>(scratch);
+  for (int64_t c = 0; c < x.channels; ++c) {
     for (int64_t y = 0; y < images.h; ++y)
-      read_row(first + c * images.stride_c + y * images.stride_y, step, images.w, scale, x.plane(c) + y * images.w);
+      copy_row(first + c * images.stride_c + y * images.stride_y, step, images.w, window + y * images.w);
+    float* plane = x.plane(c);
+#pragma omp simd
+    for (int64_t i = 0; i < x.n; ++i) plane[i] = unit_level(window[i]);
+  }
 }
 
 void brightness(const Planes& x, float factor) {
@@ -161,20 +166,21 @@ static Status shift_flip_jitter(const void* pixels, const int64_t* shape, const 
   if (const Status status = images.check()) return status;
   const int64_t n = images.h * images.w, values = images.channels * n;
   const bool is_color = images.channels == 3;
-  const int64_t for_blur = sigma ? (images.h + 2 * radius) * (images.w + 2 * radius) + radius + 1 : 0;
-  const int64_t room = padded(values) + padded(for_blur);
+  // Beside the image: room for one plane, with borders and taps where there is blur.
+  const int64_t border = sigma ? radius : 0, spare_size = (images.h + 2 * border) * (images.w + 2 * border);
+  const int64_t room = padded(values) + padded(spare_size + border + 1);
   Floats scratch(room * std::max<int64_t>(1, threads));
   return with_pixel(images.dtype, [&](auto pixel) {
     return with_float(dtype, [&](auto result) {
       using Result = decltype(result);
       expect_writes(out, images.batch * values * static_cast<int64_t>(sizeof(Result)));
       parallel_for(images.batch, std::max<int64_t>(1, 16384 / (values + 1)), threads, [&](int64_t begin, int64_t end, int64_t worker) {
-        float *image = scratch.at(worker * room), *spare = image + padded(values), *taps = spare + for_blur - radius - 1;
+        float *image = scratch.at(worker * room), *spare = image + padded(values), *taps = spare + spare_size;
         for (int64_t b = begin; b < end; ++b) {
           Result* view = static_cast<Result*>(out) + b * values;
           if constexpr (std::is_same_v<Result, float>) image = view;
           const Planes x{image, images.channels, n};
-          read_window<decltype(pixel)>(images, b, x);
+          read_window<decltype(pixel)>(images, b, x, spare);
           for (int64_t place = 0; apply && apply[b] && place < 4; ++place) {
             const int64_t code = order[4 * b + place];
             const float amount = code >= 0 && code < 4 ? amounts[code * images.batch + b] : 0;

@@ -6,6 +6,7 @@ an op has them. A folder is named by a noun, never like the function in it: ``fa
 function.
 """
 
+from .activation import bias_gelu
 from .block_masks import block_masking
 from .dispatch import backends, chosen
 from .depthwise import depthwise_patches
@@ -29,6 +30,7 @@ __all__ = [
     "Stream",
     "TokenLoss",
     "backends",
+    "bias_gelu",
     "block_masking",
     "cell_masking",
     "chosen",

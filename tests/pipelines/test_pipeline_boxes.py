@@ -270,16 +270,16 @@ def test_folder_without_boxes_cuts_plain_crops(loader_of):
     assert_same(take(loader, count=2), expected)
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_folder_new_boxes_hold_from_the_next_epoch_call_on(loader_of, workers):
-    """Workers are then ahead by several batches of the next epoch, cut with the old boxes."""
+@pytest.mark.parametrize("workers, threads", [(0, None), (1, None), (2, None), (0, 3)])
+def test_folder_new_boxes_hold_from_the_next_epoch_call_on(loader_of, workers, threads):
+    """Workers and threads are then ahead by several batches of the next epoch, cut with the old boxes."""
     old, new = random_boxes(60), random_boxes(60, seed=1)
     references = []
     for boxes, epochs in ((old, (0, 1)), (new, (1, 2))):
         fresh = loader_of()
         fresh.set_boxes(boxes)
         references.append([take(fresh, epoch) for epoch in epochs])
-    loader = loader_of(workers=workers)
+    loader = loader_of(workers=workers, threads=threads)
     loader.set_boxes(old)
     assert_same(take(loader, 0), references[0][0])
     loader.set_boxes(new)
@@ -289,9 +289,9 @@ def test_folder_new_boxes_hold_from_the_next_epoch_call_on(loader_of, workers):
     assert_same(take(loader, 2, 3), references[1][1][3:])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_folder_new_boxes_end_iterators_with_old_ones(loader_of, workers):
-    loader = loader_of(workers=workers)
+@pytest.mark.parametrize("workers, threads", [(0, None), (2, None), (0, 3)])
+def test_folder_new_boxes_end_iterators_with_old_ones(loader_of, workers, threads):
+    loader = loader_of(workers=workers, threads=threads)
     running = loader.epoch(0)
     first = next(running)
     loader.set_boxes(random_boxes(60))
@@ -302,12 +302,12 @@ def test_folder_new_boxes_end_iterators_with_old_ones(loader_of, workers):
     assert torch.equal(first.ids, again.ids) and not torch.equal(first.crops[0], again.crops[0])
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_folder_with_boxes_resumes_at_any_step(loader_of, workers):
+@pytest.mark.parametrize("workers, threads", [(0, None), (1, None), (2, None), (0, 3)])
+def test_folder_with_boxes_resumes_at_any_step(loader_of, workers, threads):
     straight = loader_of()
     straight.set_boxes(random_boxes(60))
     whole = take(straight, 1)
-    loader = loader_of(workers=workers)
+    loader = loader_of(workers=workers, threads=threads)
     loader.set_boxes(random_boxes(60))
     assert_same(take(loader, 1, 4), whole[4:])
 

@@ -1,0 +1,400 @@
+"""ICMAE: improvements to masked image modeling (Mao, Yin, Chang, Zhou; arXiv 2205.10546).
+
+MAE with a small decoder on two views that ContrastiveCrop cuts around the object, and two more tasks for the encoder: it
+shall know where each visible patch was (position), and that both views are of one image (contrast). The paper calls
+itself "contrastive masked autoencoders"; the name here keeps it apart from CMAE.
+
+Only its abstract was at hand, and no code was released. The sources of the options below are named as
+- "SDMAE code": github.com/Talented-Q/SDMAE, the same authors' next method (arXiv 2212.05677), without ContrastiveCrop;
+- "ContrastiveCrop code": github.com/xyupeng/ContrastiveCrop (arXiv 2202.03278), made for convolutional networks;
+- "own choice": the sources are silent, or contradict the abstract.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from fastmim_kernels import Stream, contrastive_loss, gather_tokens, random_words, shift_flip_jitter, uniform
+from fastmim_pipelines.spec import Batch, CropSpec
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastmim import dist
+from fastmim.config import SIZES, ConfigError, ModelSpec
+from fastmim.ema import EmaPair, module_pairs, start_target
+from fastmim.heads import NormalizedHead
+from fastmim.masking import MaskPlan, RandomPolicy
+from fastmim.methods.base import Method, Preset, StepOutput
+from fastmim.targets import PixelTarget, Reconstruction
+from fastmim.views import ColorConfig, random_color
+from fastmim.vit import Block, Decoder, DecoderSpec, Encoder, attention, initialize
+
+# The fixed box of SimCCrop. Source: ContrastiveCrop code.
+CENTER = (0.25, 0.25, 0.75, 0.75)
+# Per mode, where the option is not given.
+POSITION_WEIGHT = {"ce": 0.1, "sd_mse": 1.0, "none": 0.0}
+TEMPERATURE = {"enc_cls": 0.2, "sd_dec": 1.0, "none": 1.0}
+MOMENTUM = {"enc_cls": (0.99, 1.0), "sd_dec": (0.999, 0.999), "none": (1.0, 1.0)}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of ICMAE; see the head of the file for what the sources are called."""
+
+    crop: Literal["contrastive", "sim_center", "random"] = "contrastive"
+    """Where the crops have their centers: in boxes from the encoder's attention, in the middle half of the image, or
+    anywhere. Source: the abstract names ContrastiveCrop; boxes from the class token's attention are an own choice."""
+    first_crop: Literal["sim_center", "random"] = "sim_center"
+    """What `contrastive` does before the first update of its boxes. Own choice: a middle costs nothing and is right for
+    pictures of objects; ContrastiveCrop code: random."""
+    box_updates: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8)
+    """Shares of the run after which the boxes are found anew. Source: ContrastiveCrop code, every fifth of the run."""
+    crop_alpha: float = 0.1
+    """Centers are Beta(alpha, alpha) distributed over the box. Source: ContrastiveCrop code for Tiny-ImageNet; 0.6 for
+    ImageNet."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the random crop. Source: ContrastiveCrop code."""
+    color: ColorConfig = field(default_factory=lambda: ColorConfig(saturation=0.2, blur_probability=0.0))
+    """Color augmentation of the second view. Source: SDMAE code."""
+    mask_ratio: float = 0.75
+    """Share of patches that the encoder does not see. Source: SDMAE code."""
+    mask_share: Literal["same", "independent", "complement"] = "same"
+    """Visible patches of the second view: those of the first (source: SDMAE code), others at random, or others of those
+    that the first does not show (own choice)."""
+    decoder_width: int = 128
+    """Source: SDMAE code; the abstract asks for fewer parameters than MAE's 512 x 8."""
+    decoder_depth: int = 1
+    """Source: SDMAE code."""
+    decoder_heads: int = 16
+    """Source: SDMAE code."""
+    norm_pix: bool = False
+    """Normalize the target per patch. Source: SDMAE code; MAE's best practice is to do it."""
+    freeze_patch_embed: bool = False
+    """Keep the patch embedding at its initial weights. Own choice; SDMAE code: True."""
+    position: Literal["ce", "sd_mse", "none"] = "ce"
+    """Loss on the predicted place of each visible patch: cross entropy (own choice), or the squared distance of the
+    logits to a one-hot vector (source: SDMAE code), whose gradient is about 100 times smaller."""
+    position_weight: float | None = None
+    """None: 0.1 for ce (own choice: of the size of the reconstruction loss), 1 for sd_mse (source: SDMAE code)."""
+    pos_drop: float = 0.0
+    """Share of visible patches that are encoded without their position; if any, the place of these alone is predicted.
+    Own choice, after MP3 (arXiv 2207.07611): otherwise the position added to the input gives the answer away."""
+    contrast: Literal["enc_cls", "sd_dec", "none"] = "enc_cls"
+    """What is compared: the encoder's class tokens as in MoCo v3, with a momentum encoder and the images of all processes
+    (own choice: the abstract says that the task is the encoder's), or the decoder's outputs, with those of one process
+    (source: SDMAE code)."""
+    contrast_weight: float = 0.1
+    """Of both directions' InfoNCE, which also carry the factor 2 x temperature. Source: SDMAE code."""
+    temperature: float | None = None
+    """None: 0.2 for enc_cls (source: MoCo v3 code), 1 for sd_dec (source: SDMAE code)."""
+    momentum: tuple[float, float] | None = None
+    """EMA factor at the start and the end, along half a cosine. None: 0.99 to 1 for enc_cls (source: MoCo v3 code),
+    constant 0.999 for sd_dec (source: SDMAE code)."""
+    head_hidden: int = 4096
+    """Width of the hidden layers of projector and predictor. Source: MoCo v3 code, SDMAE code."""
+    head_out: int = 256
+    """Length of the compared vectors with enc_cls; with sd_dec it is the encoder's width. Source: MoCo v3 code."""
+
+
+class View(NamedTuple):
+    images: Tensor
+    """(B, C, H, W) uint8, or floats in 0 .. 1."""
+    window: dict[str, Tensor]
+    """Keyword arguments of PixelTarget."""
+
+
+class TokenDecoder(Decoder):
+    """A decoder that predicts a vector for the class token, too: (B, 1 + L, out_values)."""
+
+    def forward(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        return self.pred(self.norm(self.hidden(latent, ids_restore)))
+
+
+class ClassBlocks(nn.Module):
+    """Transformer blocks over (B, N, D) tokens, of which the first remains: (B, D). Source: SDMAE code, base_ctr."""
+
+    def __init__(self, width: int, heads: int, depth: int = 2):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x[:, 0]
+
+
+class PositionHead(nn.Sequential):
+    """Two linear maps with nothing between: (B, n, D) -> (B, n, L) logits. Source: SDMAE code.
+
+    Weights are N(0, 0.02^2), so that the cross entropy starts at ln L. Own choice, after timm.
+    """
+
+    def __init__(self, width: int, num_patches: int):
+        super().__init__(nn.Linear(width, width // 2), nn.Linear(width // 2, num_patches))
+        for part in self:
+            nn.init.normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)
+
+
+class PositionDrop(nn.Module):
+    """Puts one learned vector in the place of the positions of the first `count` visible tokens.
+
+    The visible tokens come in random order, so these are any. Their number is exact, where MP3's is random: a mean over
+    them weighs all images alike.
+    """
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.count = count
+        self.vector = nn.Parameter(torch.empty(width))
+        nn.init.normal_(self.vector, std=0.02)
+
+    def forward(self, position: Tensor) -> Tensor:
+        """(B, K, D) positions -> (B, K, D), what to add to the tokens besides them."""
+        swapped = self.vector - position[:, : self.count]
+        return F.pad(swapped, (0, 0, 0, position.shape[1] - self.count))
+
+
+class ICMAE(Method):
+    Config = Config
+
+    def __init__(self, model: ModelSpec, config: Config):
+        super().__init__(model)
+        self.config = config
+        self._set_crops(config)
+        self.mask = RandomPolicy(model, config.mask_ratio)
+        if config.mask_share == "complement" and 2 * self.mask.num_keep > model.num_patches:
+            raise ConfigError(
+                f"--icmae.mask-share complement: expected at most half of the {model.num_patches} patches to be "
+                f"visible, got {self.mask.num_keep}; raise --icmae.mask-ratio to 0.5 or more"
+            )
+        self.pixels = PixelTarget(model, config.norm_pix)
+        self.encoder = Encoder(model)
+        self.encoder.patch_embed.requires_grad_(not config.freeze_patch_embed)
+        make_decoder = TokenDecoder if config.contrast == "sd_dec" else Decoder
+        spec = DecoderSpec(config.decoder_width, config.decoder_depth, config.decoder_heads)
+        self.decoder = make_decoder(model, spec, model.patch_values)
+        self._add_position(config)
+        self._add_contrast(config)
+
+    def _set_crops(self, config: Config) -> None:
+        has_boxes = config.crop != "random"
+        self.crops = tuple(
+            CropSpec(self.model.image_size, config.crop_scale, view=view, alpha=config.crop_alpha, uses_boxes=has_boxes)
+            for view in (0, 1)
+        )
+        if config.crop == "contrastive":
+            if not all(0 < share < 1 for share in config.box_updates):
+                raise ConfigError(f"--icmae.box-updates: expected shares between 0 and 1, got {config.box_updates}")
+            self.box_updates = config.box_updates
+        if "sim_center" in (config.crop, config.first_crop) and has_boxes:
+            self.first_box = CENTER
+
+    def _add_position(self, config: Config) -> None:
+        if not 0 <= config.pos_drop <= 1:
+            raise ConfigError(f"--icmae.pos-drop: expected a share in 0 .. 1, got {config.pos_drop}")
+        if config.pos_drop and config.position == "none":
+            raise ConfigError(
+                f"--icmae.pos-drop: expected 0 where no position is predicted, got {config.pos_drop}; "
+                f"set --icmae.position to ce"
+            )
+        weight = config.position_weight
+        self.position_weight = POSITION_WEIGHT[config.position] if weight is None else weight
+        if config.position != "none":
+            self.position_head = PositionHead(self.encoder.width, self.model.num_patches)
+        self.position_drop = None
+        if config.pos_drop:
+            count = max(1, round(config.pos_drop * self.mask.num_keep))
+            self.position_drop = PositionDrop(self.encoder.width, count)
+
+    def _add_contrast(self, config: Config) -> None:
+        mode, width = config.contrast, self.encoder.width
+        self.mixes_images = mode != "none"
+        self.temperature = TEMPERATURE[mode] if config.temperature is None else config.temperature
+        self.momentum_range = MOMENTUM[mode] if config.momentum is None else config.momentum
+        self.targets: list[tuple[str, str]] = []  # names of (online, target)
+        if mode == "none":
+            return
+        if mode == "sd_dec" and self.model.patch_values != width:
+            raise ConfigError(
+                f"--icmae.contrast sd_dec: expected patches of as many values as the encoder is wide, which is {width}, "
+                f"got {self.model.patch_values}; take another --model or --patch-size, or --icmae.contrast enc_cls"
+            )
+        if mode == "sd_dec":
+            widths, out = (width, config.head_hidden, config.head_hidden, width), width
+            heads = SIZES[self.model.name].heads
+            self.class_blocks, self.target_class_blocks = ClassBlocks(width, heads), ClassBlocks(width, heads)
+            self.targets.append(("class_blocks", "target_class_blocks"))
+        else:
+            widths, out = (width, config.head_hidden, config.head_out), config.head_out
+            self.target_encoder = Encoder(self.model)
+            self.targets.append(("encoder", "target_encoder"))
+        self.projector, self.target_projector = NormalizedHead(*widths), NormalizedHead(*widths)
+        self.predictor = NormalizedHead(out, config.head_hidden, out)
+        self.targets.append(("projector", "target_projector"))
+        for online, target in self.targets:
+            start_target(getattr(self, online), getattr(self, target))
+
+    # -- what is drawn ---------------------------------------------------------------------------------------------
+
+    def _views(self, batch: Batch, rng: Tensor) -> tuple[View, View]:
+        """The plain and the color-augmented view; the pixels of each are its own target."""
+        flip = uniform(rng, batch.ids, Stream.FLIP, 2) < 0.5
+        color = random_color(rng, batch.ids, self.config.color)
+        second = shift_flip_jitter(batch.crops[1], size=self.model.image_size, flip=flip[:, 1], **color)
+        return View(batch.crops[0], {"flip": flip[:, 0]}), View(second, {})
+
+    def _plans(self, rng: Tensor, ids: Tensor) -> tuple[MaskPlan, MaskPlan]:
+        """Masks of the two views."""
+        first, share, count = self.mask(rng, ids), self.config.mask_share, self.model.num_patches
+        if share == "same":
+            return first, first
+        if share == "complement":
+            order = torch.cat([first.ids_masked, first.ids_keep], dim=1)
+        else:
+            order = random_words(rng, ids, Stream.MASK, 2 * count)[:, count:].argsort(dim=1, stable=True)
+        return first, _plan(order, self.mask.num_keep)
+
+    # -- the three tasks -------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, rng: Tensor) -> StepOutput:
+        views, plans = self._views(batch, rng), self._plans(rng, batch.ids)
+        # Both views in one pass; only batch normalization must see them apart.
+        ids_keep, ids_masked, ids_restore, _ = (torch.cat(both) for both in zip(*plans))
+        patches = torch.cat([self.pixels.patches(v.images, p.ids_keep, **v.window) for v, p in zip(views, plans)])
+        extra = None if self.position_drop is None else self.position_drop(self.encoder.position[1:][ids_keep])
+        latent = self.encoder(patches, ids_keep, extra=extra)
+        tokens, pred = self._decode(latent, ids_restore, ids_masked)
+
+        parts = {
+            f"pixel_{name}": self.pixels.loss(part, view.images, plan.ids_masked, **view.window)
+            for name, part, view, plan in zip("ab", pred.chunk(2), views, plans)
+        }
+        measures: dict[str, Tensor] = {}
+        if self.config.position != "none":
+            loss, accuracy = self._position(latent, ids_keep)
+            parts["position"], measures["position/accuracy"] = self.position_weight * loss, accuracy
+        if self.config.contrast != "none":
+            loss, cosines = self._contrast(latent, tokens, patches, ids_keep)
+            parts["contrast"] = self.config.contrast_weight * loss
+            measures |= cosines
+        return StepOutput(sum(parts.values()), {n: part.detach() for n, part in parts.items()}, measures)
+
+    def _decode(self, latent: Tensor, ids_restore: Tensor, ids_out: Tensor | None) -> tuple[Tensor | None, Tensor]:
+        """All tokens (B, 1 + L, V) if they are needed, and the predictions of the patches `ids_out` (None: all)."""
+        if self.config.contrast != "sd_dec":
+            return None, self.decoder(latent, ids_restore, ids_out)
+        tokens = self.decoder(latent, ids_restore)
+        pred = tokens[:, 1:]
+        return tokens, pred if ids_out is None else gather_tokens(pred, ids_out)
+
+    def _position(self, latent: Tensor, ids_keep: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of both views' losses, and the share of patches whose place was predicted right."""
+        count = ids_keep.shape[1] if self.position_drop is None else self.position_drop.count
+        logits = self.position_head(latent[:, 1 : 1 + count]).float().flatten(0, 1)
+        places = ids_keep[:, :count].flatten()
+        if self.config.position == "ce":
+            loss = F.cross_entropy(logits, places)
+        else:
+            loss = F.mse_loss(logits, F.one_hot(places, self.model.num_patches).float())
+        # Views have equally many patches: twice the mean over both is the sum of the means.
+        return 2 * loss, (logits.argmax(1) == places).float().mean()
+
+    def _contrast(
+        self, latent: Tensor, tokens: Tensor | None, patches: Tensor, ids_keep: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """InfoNCE of each view's query against the other's keys, summed and times twice the temperature; cosines."""
+        is_local = tokens is not None
+        online = self.class_blocks(tokens) if is_local else latent[:, 0]
+        with torch.no_grad():
+            target = self.target_class_blocks(tokens) if is_local else self.target_encoder(patches, ids_keep)[:, 0]
+            keys = [_unit(self.target_projector(x)) for x in target.chunk(2)]
+        queries = [_unit(self.predictor(self.projector(x))) for x in online.chunk(2)]
+        # SDMAE compares the images of one device, MoCo v3 those of all.
+        offset = 0 if is_local else dist.rank() * len(keys[0])
+        info_nce = sum(
+            contrastive_loss(
+                query, key if is_local else dist.gather_rows(key), offset=offset, temperature=self.temperature
+            )
+            for query, key in zip(queries, reversed(keys))
+        )
+        query, key = torch.cat(queries).detach(), torch.cat(keys[::-1])
+        cosines = {
+            "cosine/positive": (query * key).sum(-1).mean(),
+            "cosine/mean": sum((q.mean(0) * k.mean(0)).sum() for q, k in zip(query.chunk(2), key.chunk(2))) / 2,
+        }
+        return 2 * self.temperature * info_nce, cosines
+
+    # -- beside the loss -------------------------------------------------------------------------------------------
+
+    def ema_pairs(self) -> list[EmaPair]:
+        networks = [(getattr(self, online), getattr(self, target)) for online, target in self.targets]
+        # A frozen patch embedding equals its target for ever.
+        return [pair for both in networks for pair in module_pairs(*both) if pair.online.requires_grad]
+
+    def momentum(self, progress: float) -> float:
+        start, end = self.momentum_range
+        return end - (end - start) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def heat_map(self, images: Tensor) -> Tensor:
+        """Attention of the last block's class token to the patches of whole images, mean over the heads.
+
+        Own choice: the sum over the channels, which ContrastiveCrop takes, is constant after a layer norm.
+        """
+        seen: list[Tensor] = []
+
+        def watch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # Products and a sum stay float32 under autocast, where a matrix product would not.
+            scores = (q[:, :, :1].float() * k.float()).sum(-1) / math.sqrt(q.shape[-1])
+            seen.append(scores.softmax(-1)[:, :, 1:].mean(1))
+            return attention(q, k, v)
+
+        self.encoder(self.pixels.patches(images, None), attend=[attention] * (len(self.encoder.blocks) - 1) + [watch])
+        return seen[0].view(-1, *self.model.grid)
+
+    def reconstruct(self, images: Tensor, ids: Tensor, rng: Tensor) -> Reconstruction:
+        plan = self.mask(rng, ids)
+        latent = self.encoder(self.pixels.patches(images, plan.ids_keep), plan.ids_keep)
+        return self.pixels.picture(self._decode(latent, plan.ids_restore, None)[1], images, plan)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x.float(), dim=-1)
+
+
+def _plan(order: Tensor, num_keep: int) -> MaskPlan:
+    """The mask whose first patches in a given order (B, L) are visible."""
+    ids_restore = order.argsort(dim=1)
+    mask = (ids_restore >= num_keep).float()
+    return MaskPlan(order[:, :num_keep].contiguous(), order[:, num_keep:].contiguous(), ids_restore, mask)
+
+
+METHOD = ICMAE
+PRESETS = {
+    # SDMAE code main_pretrain.py: Tiny-ImageNet (64 x 64) at 224, base lr 1e-3 for its batch of 64; for batches of
+    # thousands, MAE's 1.5e-4 is the place to start.
+    "paper": Preset(
+        dict(
+            model="vit_base", image_size=224, patch_size=16, batch_size=64, epochs=300.0, base_lr=1e-3,
+            weight_decay=0.05, betas=(0.9, 0.95), warmup="40ep", warmup_start=0.0, save_every="5ep", log_every=50,
+        ),
+        Config(),
+        {"vit_huge": dict(patch_size=14)},
+    ),
+    # Own choice, for the generated images on 2 CPU cores.
+    "demo": Preset(
+        dict(
+            model="vit_pico", image_size=48, patch_size=12, batch_size=128, epochs=56.0, base_lr=2.4e-3,
+            weight_decay=0.05, betas=(0.9, 0.95), warmup="2ep", warmup_start=0.0, save_every="14ep", log_every=46,
+            reconstruct_every="28ep",
+        ),
+        Config(
+            crop_scale=(0.4, 1.0), mask_ratio=0.5, decoder_heads=4, contrast_weight=1.0, head_hidden=512, head_out=128,
+            momentum=(0.97, 1.0),
+            color=ColorConfig(brightness=0.6, contrast=0.6, saturation=0.6, hue=0.2, grey_probability=0.5,
+                              blur_probability=0.0),
+        ),
+    ),
+}  # fmt: skip

@@ -1,0 +1,13 @@
+"""GELU by torch's own op."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See the public function."""
+    if bias is None:
+        return F.gelu(x)  # torch computes it in float32 inside
+    work = torch.promote_types(x.dtype, torch.float32)
+    return F.gelu(x.to(work) + bias.to(work)).to(x.dtype)

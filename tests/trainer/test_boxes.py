@@ -1,0 +1,409 @@
+"""Boxes from heat maps, their schedule and state, and a run whose boxes change in the middle, stopped anywhere."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from trainer_run import TINY, metrics, train
+
+from fastmim import boxes
+from fastmim.arguments import parse_train
+from fastmim.boxes import HeatBoxes, find_boxes, mass_boxes, threshold_boxes, update_steps
+from fastmim.config import ConfigError
+from fastmim.methods.icmae import ICMAE
+from fastmim.session import Session
+
+WHOLE = [0.0, 0.0, 1.0, 1.0]
+TIMED = ("images_per_s", "step_ms", "data_wait", "peak_mib")
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- a box from a heat map
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e4])
+@pytest.mark.parametrize("center, sigma", [((100.0, 120.0), (15.0, 25.0)), ((10.0, 200.0), (20.0, 10.0))])
+def test_threshold_box_of_a_gaussian_is_where_it_exceeds_a_tenth(scale, center, sigma):
+    """|x - c| < sigma sqrt(2 ln 10), cut at the border, whatever the map's scale and offset; 224 pixels."""
+    y, x = (torch.arange(224.0) - c for c in center)
+    heat = torch.exp(-(y[:, None] ** 2) / (2 * sigma[0] ** 2) - x**2 / (2 * sigma[1] ** 2))
+    (box,) = threshold_boxes(scale * heat[None] + 3 * scale, (224, 224)) * 224
+    reach = [s * math.sqrt(2 * math.log(10)) for s in sigma]
+    expected = [max(c - r, 0) for c, r in zip(center, reach)] + [min(c + r, 223) for c, r in zip(center, reach)]
+    assert box.tolist() == pytest.approx(expected, abs=1)
+
+
+def slow_threshold_box(heat: torch.Tensor, size: tuple[int, int]) -> list[float]:
+    """Pixel by pixel: bilinear between cell centers, the border's value beyond them."""
+    h, w = heat.shape
+    low, high = heat.min().item(), heat.max().item()
+    rows, columns = set(), set()
+    for i in range(size[0]):
+        for j in range(size[1]):
+            y = min(max((i + 0.5) * h / size[0] - 0.5, 0), h - 1)
+            x = min(max((j + 0.5) * w / size[1] - 0.5, 0), w - 1)
+            top, left = int(y), int(x)
+            value = 0.0
+            for r, share_r in ((top, 1 - (y - top)), (min(top + 1, h - 1), y - top)):
+                for c, share_c in ((left, 1 - (x - left)), (min(left + 1, w - 1), x - left)):
+                    value += share_r * share_c * (heat[r, c].item() - low) / (high - low)
+            if value > 0.1:
+                rows.add(i)
+                columns.add(j)
+    return [min(rows) / size[0], min(columns) / size[1], max(rows) / size[0], max(columns) / size[1]]
+
+
+@pytest.mark.parametrize("grid, size", [((3, 4), (24, 20)), ((14, 14), (56, 56)), ((5, 3), (5, 3)), ((1, 4), (7, 9))])
+def test_threshold_box_equals_loops_over_pixels(grid, size):
+    # Steep maps: most of the image is cold.
+    heat = noise(6, *grid).double() ** 12 * 5 - 2
+    for box, one in zip(threshold_boxes(heat, size).tolist(), heat):
+        assert box == pytest.approx(slow_threshold_box(one.float().double(), size), abs=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.25, float("nan")])
+def test_box_of_a_constant_map_is_the_whole_image(value):
+    heat = noise(3, 4, 5)
+    heat[1] = value
+    for found in (threshold_boxes(heat, (32, 40)), mass_boxes(heat)):
+        assert found[1].tolist() == WHOLE
+        assert (found[0] != found[1]).any() and torch.isfinite(found).all()
+
+
+def slow_mass_box(heat: torch.Tensor, mass: float) -> list[float]:
+    """All boxes one by one."""
+    h, w = heat.shape
+    heat = (heat - heat.min()) / (heat.max() - heat.min())
+    best = None
+    for top in range(h):
+        for bottom in range(top + 1, h + 1):
+            for left in range(w):
+                for right in range(left + 1, w + 1):
+                    inside = heat[top:bottom, left:right].sum()
+                    area = (bottom - top) * (right - left)
+                    if inside >= (mass - 1e-6) * heat.sum() and (best is None or area < best[0]):
+                        best = (area, [top / h, left / w, bottom / h, right / w])
+    return best[1]
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (6, 4), (1, 7), (4, 1)], ids=str)
+@pytest.mark.parametrize("mass", [0.6, 0.95, 0.1])
+def test_mass_box_is_the_smallest_of_all_boxes(grid, mass):
+    heat = torch.cat([noise(4, *grid), noise(3, *grid, seed=1).round(decimals=1)]).double() ** 3
+    for box, one in zip(mass_boxes(heat, mass).tolist(), heat.float().double()):
+        assert box == pytest.approx(slow_mass_box(one, mass), abs=1e-6)
+
+
+def test_mass_box_of_a_single_hot_cell_is_that_cell():
+    heat = torch.zeros(1, 14, 14)
+    heat[0, 3, 9] = 2.0
+    assert mass_boxes(heat)[0].tolist() == pytest.approx([3 / 14, 9 / 14, 4 / 14, 10 / 14])
+
+
+# ---- boxes of a data set
+
+
+def heat_of_ids(images: torch.Tensor) -> torch.Tensor:
+    """A hot spot whose column is the image's first pixel value."""
+    heat = torch.full((len(images), 4, 8), 1.0)
+    heat[torch.arange(len(images)), 2, images[:, 0, 0, 0].long() % 8] = 9.0
+    return heat
+
+
+def share_of(ids: list[int], batch_size: int = 2) -> list[tuple]:
+    parts = torch.tensor(ids).split(batch_size)
+    return [(part.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 16, 32), None, part) for part in parts]
+
+
+def test_found_boxes_stand_in_the_order_of_the_ids_and_unread_images_are_whole():
+    found, rule = find_boxes(heat_of_ids, share_of([6, 0, 3, 1]), 8, (16, 32), torch.device("cpu"))
+    assert rule == "what is over 10 % of the peak"
+    for i in range(8):
+        expected = threshold_boxes(heat_of_ids(share_of([i])[0][0]), (16, 32))[0] if i in (0, 1, 3, 6) else WHOLE
+        assert found[i].tolist() == list(expected)
+
+
+def test_found_boxes_of_two_ranks_are_those_of_one(monkeypatch):
+    """Each rank has zeros where the other has boxes; the collective adds them up."""
+    alone, _ = find_boxes(heat_of_ids, share_of(list(range(7))), 8, (16, 32), torch.device("cpu"))
+    sent = []
+    monkeypatch.setattr(boxes, "world_size", lambda: 2)
+    monkeypatch.setattr(boxes.torch.distributed, "all_reduce", lambda x: sent.append(x.clone()))
+    find_boxes(heat_of_ids, share_of([0, 1, 2, 3]), 8, (16, 32), torch.device("cpu"))
+    monkeypatch.setattr(boxes.torch.distributed, "all_reduce", lambda x: x.add_(sent[0]))
+    second, _ = find_boxes(heat_of_ids, share_of([4, 5, 6]), 8, (16, 32), torch.device("cpu"))
+    assert torch.equal(second, alone)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (16, 8)], ids=str)
+@pytest.mark.parametrize("single, crowded", [(0, True), (1, False)])
+def test_boxes_that_are_nearly_everything_give_way_to_the_mass_rule(size, single, crowded):
+    """Eight noisy maps, which a tenth of the peak fills; one map with a single hot cell brings the mean below 95 %."""
+    heat = noise(8, 8, 8)
+    heat[:single] = F.one_hot(torch.tensor(20), 64).view(8, 8).float()
+    batches = [(torch.zeros(8, 3, *size, dtype=torch.uint8), None, torch.arange(8))]
+    found, rule = find_boxes(lambda images: heat, batches, 8, size, torch.device("cpu"))
+    by_threshold = threshold_boxes(heat, size)
+    largest = (size[0] - 1) * (size[1] - 1) / (size[0] * size[1])
+    assert (boxes.area(by_threshold).mean() > 0.95 * largest) == crowded
+    expected = mass_boxes(heat) if crowded else by_threshold
+    assert torch.equal(found, expected) and ("60 % of the heat" in rule) == crowded
+
+
+# ---- when
+
+
+@pytest.mark.parametrize(
+    "shares, total, steps_per_epoch, expected",
+    [
+        ((0.2, 0.4, 0.6, 0.8), 300 * 7, 7, [60 * 7, 120 * 7, 180 * 7, 240 * 7]),
+        ((0.2, 0.4, 0.6, 0.8), 16, 4, [4, 8, 12]),  # epochs 0.8, 1.6, 2.4, 3.2: the nearest, each once
+        ((0.2, 0.8), 8, 4, []),  # epochs 0.4 and 1.6 round to the start and the end of the run
+        ((0.5,), 17, 4, [8]),
+        ((), 100, 10, []),
+    ],
+)
+def test_updates_are_at_the_nearest_epoch_starts(shares, total, steps_per_epoch, expected):
+    assert update_steps(shares, total, steps_per_epoch) == expected
+
+
+class RecordingLoader:
+    steps_per_epoch = 4
+
+    def __init__(self):
+        self.given = []
+
+    def set_boxes(self, found):
+        self.given.append(found)
+
+
+def heat_boxes(first_box=(0.25, 0.25, 0.75, 0.75), box_updates=(0.5,), count=8, total=16):
+    """A HeatBoxes whose heat maps change at each update, and the list of updates."""
+    updates = []
+
+    def heat_map(images):
+        return heat_of_ids(images + len(updates))
+
+    class Reader:
+        def __iter__(self):
+            updates.append(len(updates))
+            return iter(share_of(list(range(count))))
+
+    class Whole:
+        def __enter__(self): ...
+
+        def __exit__(self, *error): ...
+
+    method = SimpleNamespace(
+        first_box=first_box, box_updates=box_updates, heat_map=heat_map, model=SimpleNamespace(image_size=(16, 32))
+    )
+    engine = SimpleNamespace(whole=Whole, autocast=Whole, device=torch.device("cpu"))
+    loader = RecordingLoader()
+    state = HeatBoxes(method, engine, loader, Reader(), count=count, total=total, say=lambda line: None)
+    return state, loader, updates
+
+
+def test_boxes_are_given_once_and_found_at_their_step():
+    state, loader, updates = heat_boxes()
+    for step in range(16):
+        state.prepare(step)
+        assert len(updates) == (step >= 8)
+        assert state.values()["box_area"] == pytest.approx(0.25 if step < 8 else float(np.prod(
+            loader.given[1][:, 2:] - loader.given[1][:, :2], axis=1).mean()))  # fmt: skip
+    first, second = loader.given
+    assert first.dtype == second.dtype == np.float32
+    assert first.tolist() == [[0.25, 0.25, 0.75, 0.75]] * 8
+    assert second.shape == (8, 4) and (second != first).all(axis=1).any()
+
+
+def test_boxes_without_a_first_one_are_whole_images():
+    state, loader, _ = heat_boxes(first_box=None)
+    state.prepare(0)
+    assert loader.given == [None] and state.values() == {}
+
+
+@pytest.mark.parametrize("stop", [3, 8, 9, 16])
+def test_boxes_of_a_resumed_run_are_those_of_a_straight_one(tmp_path, stop):
+    """Stopped before, at and after the update at step 8: it happens once in the course that counts."""
+    straight, straight_loader, _ = heat_boxes()
+    for step in range(stop):
+        straight.prepare(step)
+    straight.save(tmp_path)
+    assert (tmp_path / "boxes.safetensors").exists() == (stop > 8)
+    for step in range(stop, 16):
+        straight.prepare(step)
+    resumed, loader, updates = heat_boxes()
+    resumed.load(tmp_path)
+    for step in range(stop, 16):
+        resumed.prepare(step)
+    assert len(updates) == (stop <= 8)
+    if stop < 16:
+        assert np.array_equal(loader.given[-1], straight_loader.given[-1])
+        assert resumed.values() == straight.values()
+
+
+def test_boxes_of_other_data_are_refused(tmp_path):
+    state, _, _ = heat_boxes()
+    state.prepare(8)
+    state.save(tmp_path)
+    other, _, _ = heat_boxes(count=9)
+    with pytest.raises(ConfigError, match="has boxes of 8 images, --data has 9; use the same data"):
+        other.load(tmp_path)
+
+
+# ---- whole runs: 36 images, batch 8, 4 steps per epoch; box updates at steps 4, 8 and 12 of 16
+
+
+def arguments(images: Path, out: Path, *extra: str) -> list[str]:
+    small = ["--icmae.head-hidden", "32", "--icmae.head-out", "16", "--icmae.decoder-width", "32"]
+    return ["--method", "icmae", "--data", str(images / "train"), *TINY, "--lr", "2e-3", *small, "--steps", "16",
+            "--save-every", "1", "--keep", "99", "--out", str(out), *extra]  # fmt: skip
+
+
+def run(images: Path, out: Path, *extra: str) -> None:
+    assert Session(parse_train(arguments(images, out, *extra))).run()
+
+
+def checkpoint(out: Path, step: int) -> Path:
+    return out / "checkpoints" / f"step-{step:07d}"
+
+
+def assert_same_run(out: Path, straight: Path) -> None:
+    """Weights, moments, boxes and metrics (but for times) are equal bit for bit."""
+    for name in ("model.safetensors", "optimizer.safetensors", "boxes.safetensors"):
+        ours, theirs = (load_file(checkpoint(folder, 16) / name) for folder in (out, straight))
+        assert ours.keys() == theirs.keys()
+        assert not [key for key in ours if not ours[key].equal(theirs[key])], name
+    strip = [[{k: v for k, v in r.items() if k not in TIMED} for r in metrics(o)] for o in (out, straight)]
+    assert strip[0] == strip[1]
+
+
+@pytest.fixture(scope="module")
+def straight(images, tmp_path_factory) -> Path:
+    """The run that nobody interrupts."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    run(images, out)
+    return out
+
+
+def test_run_updates_its_boxes_and_logs_their_area(straight):
+    areas = [record["box_area"] for record in metrics(straight) if "loss" in record]
+    assert len(areas) == 16
+    assert areas[:4] == [0.25] * 4, "the middle of the image first"
+    for epoch in range(4):
+        assert len(set(areas[4 * epoch : 4 * epoch + 4])) == 1, "boxes change at the starts of epochs"
+    assert len(set(areas)) == 4
+
+
+def test_checkpoints_hold_the_boxes_of_their_step(straight):
+    held = {}
+    for step in range(1, 17):
+        manifest = json.loads((checkpoint(straight, step) / "manifest.json").read_text())["manifest"]
+        assert ("boxes.safetensors" in manifest["files"]) == (step > 4)
+        if step > 4:
+            held[step] = load_file(checkpoint(straight, step) / "boxes.safetensors")["boxes"]
+            assert held[step].shape == (36, 4) and held[step].dtype == torch.float32
+    # A checkpoint at an update's step was written before the update.
+    changes = [step for step in range(6, 17) if not torch.equal(held[step], held[step - 1])]
+    assert changes == [9, 13]
+    areas = {record["step"]: record["box_area"] for record in metrics(straight) if "loss" in record}
+    for step, found in held.items():
+        assert boxes.area(found).mean().item() == pytest.approx(areas[step], rel=1e-6)
+
+
+@pytest.mark.parametrize("step", [3, 8, 10], ids=["before", "at", "after"])
+def test_resume_around_an_update_is_bit_equal(images, straight, tmp_path, step):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    run(images, out, "--resume", str(step))
+    assert_same_run(out, straight)
+
+
+def test_resume_with_other_boxes_is_another_run(images, straight, tmp_path):
+    """The case can tell: after a resume at step 10 the next update is two steps away, so the file's boxes matter."""
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    state, real = SimpleNamespace(), HeatBoxes.load
+
+    def load(self, folder):
+        real(self, folder)
+        state.found = self.found
+        self.found = np.tile(np.float32(WHOLE), (36, 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeatBoxes, "load", load)
+        run(images, out, "--resume", "10")
+    assert state.found is not None
+    ours, theirs = (load_file(checkpoint(folder, 12) / "model.safetensors") for folder in (out, straight))
+    assert any(not ours[key].equal(theirs[key]) for key in ours)
+
+
+def test_damaged_boxes_make_the_checkpoint_invalid(images, straight, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    victim = checkpoint(out, 16) / "boxes.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 1
+    victim.write_bytes(data)
+    run(images, out, "--resume")
+    said = capsys.readouterr().out
+    assert f"checkpoint passed over: {victim}: its SHA-256 does not match" in said and "resumed at step 15" in said
+    assert_same_run(out, straight)
+
+
+def test_a_run_that_dies_within_an_update_goes_on_bit_equal(images, straight, tmp_path, monkeypatch):
+    """Saving every 3 steps, the newest checkpoint is of step 6 when the run dies at 8: before the update."""
+    out = tmp_path / "run"
+    extra, real = ["--save-every", "3"], ICMAE.heat_map
+
+    def dies_at_the_second(self, images):
+        heat = real(self, images)
+        if checkpoint(out, 6).exists():
+            raise MemoryError("the second update")
+        return heat
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(ICMAE, "heat_map", dies_at_the_second)
+        run(images, out, *extra)
+    assert not checkpoint(out, 9).exists()
+    run(images, out, *extra, "--resume")
+    assert_same_run(out, straight)
+
+
+def test_random_crops_need_no_boxes(images, tmp_path):
+    run(images, tmp_path / "run", "--icmae.crop", "random", "--steps", "5", "--save-every", "5")
+    assert not any("box_area" in record for record in metrics(tmp_path / "run"))
+    assert not (checkpoint(tmp_path / "run", 5) / "boxes.safetensors").exists()
+
+
+def test_centered_crops_are_never_updated(images, tmp_path):
+    run(images, tmp_path / "run", "--icmae.crop", "sim_center", "--save-every", "16")
+    assert {r["box_area"] for r in metrics(tmp_path / "run") if "loss" in r} == {0.25}
+    assert not (checkpoint(tmp_path / "run", 16) / "boxes.safetensors").exists()
+
+
+def test_synthetic_images_have_no_boxes(tmp_path):
+    out = tmp_path / "run"
+    assert Session(
+        parse_train(["--method", "icmae", "--loader", "synthetic", *TINY, "--steps", "2", "--out", str(out)])
+    ).run()
+    assert len([r for r in metrics(out) if "loss" in r]) == 2
+
+
+def test_two_processes_find_the_same_boxes(images, straight, tmp_path):
+    """DDP over two ranks, each with half of the images; up to the rounding of the averaged gradients."""
+    out = tmp_path / "run"
+    done = train(arguments(images, out, "--save-every", "16", "--steps", "16"), launcher="torchrun", processes=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ours, theirs = ([r["box_area"] for r in metrics(o) if "loss" in r] for o in (out, straight))
+    assert ours[:4] == theirs[:4] and ours == pytest.approx(theirs, rel=1e-3)
