@@ -1,6 +1,6 @@
 """Masking policies: which patches of which image stay visible, as functions of (seed, step, sample id)."""
 
-from fastmim_kernels import MaskIds, cell_masking, random_masking
+from fastmim_kernels import MaskIds, block_masking, cell_masking, random_masking
 from torch import Tensor
 
 from fastmim.config import ConfigError, ModelSpec, count_kept
@@ -38,3 +38,26 @@ class CellPolicy:
 
     def __call__(self, rng: Tensor, ids: Tensor) -> MaskPlan:
         return cell_masking(rng, ids, self.grid, self.cell, self.num_keep)
+
+
+class BlockPolicy:
+    """Random rectangles of patches, an exact number of patches per image; ids are in raster order.
+
+    The smallest area that is asked for is 16 of 196 patches, and on other grids the same share of them: a fixed 16
+    would be more than what a grid of 4 x 4 has to mask.
+
+    Source: Atten4Vis/CAE furnace/masking_generator.py.
+    """
+
+    def __init__(self, model: ModelSpec, mask_ratio: float):
+        self.grid = model.grid
+        self.num_masked = model.num_patches - count_kept(model.num_patches, mask_ratio, "mask ratio")
+        if self.num_masked == 0:
+            raise ConfigError(
+                f"mask ratio: expected at least 1 of {model.num_patches} patches to be masked, got ratio {mask_ratio}, "
+                f"which masks 0; take a larger one"
+            )
+        self.min_block = max(1, round(16 / 196 * model.num_patches))
+
+    def __call__(self, rng: Tensor, ids: Tensor) -> MaskPlan:
+        return block_masking(rng, ids, self.grid, self.num_masked, min_block=self.min_block)
