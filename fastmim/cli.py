@@ -9,11 +9,12 @@ from fastmim.config import ConfigError, nearest
 
 USAGE = """fastmim COMMAND ...
 
-  train      pre-train an encoder (also: deepspeed | torchrun | python fastmim/train.py)
-  knn        k-NN accuracy of a checkpoint or of an exported encoder
-  linear     linear probe of the same
-  demo-data  write the demo data set: labeled, photo-like JPEG files
-  info       versions, devices, kernels, loaders
+  train          pre-train an encoder (also: deepspeed | torchrun | python fastmim/train.py)
+  knn            k-NN accuracy of a checkpoint or of an exported encoder
+  linear         linear probe of the same
+  record-tokens  write the tokens that CAE predicts, for runs that repeat the same crops
+  demo-data      write the demo data set: labeled, photo-like JPEG files
+  info           versions, devices, kernels, loaders
 
 `fastmim COMMAND --help` lists the options."""
 
@@ -25,7 +26,7 @@ USAGE_ERROR, NO_CHECKPOINT, STORAGE_ERROR, SAVED_ON_SIGNAL = 2, 3, 6, 75
 def run(argv: list[str]) -> int:
     """Runs one command; returns the exit code."""
     commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train, "knn": _knn, "linear": _linear, "demo-data": _demo_data, "info": _info,
+        "train": _train, "knn": _knn, "linear": _linear, "record-tokens": _record_tokens, "demo-data": _demo_data, "info": _info,
     }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -74,6 +75,30 @@ def _linear(argv: list[str]) -> int:
 
     linear(argv)
     return 0
+
+
+def _record_tokens(argv: list[str]) -> int:
+    from fastmim.arguments import parse_train
+    from fastmim.session import Session
+
+    folder, steps, argv = _recording(argv)
+    Session(parse_train(argv)).record_tokens(folder, steps)
+    return 0
+
+
+def _recording(argv: list[str]) -> tuple[Path, range, list[str]]:
+    """The command's own flags, and those of the run it records for."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="fastmim record-tokens",
+        epilog="All other flags are those of `fastmim train`, and must be the later run's.",
+    )
+    parser.add_argument("--write", type=Path, required=True, metavar="DIR", help="folder of the recording")
+    parser.add_argument("--first", type=int, default=0, metavar="STEP", help="first step to record (default 0)")
+    parser.add_argument("--last", type=int, required=True, metavar="STEP", help="last step to record")
+    own, rest = parser.parse_known_args(argv)
+    return own.write, range(own.first, own.last + 1), rest
 
 
 def _demo_data(argv: list[str]) -> int:

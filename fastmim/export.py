@@ -12,7 +12,7 @@ from fastmim.methods import base as methods
 from fastmim.vit import Encoder
 
 FORMAT = "fastmim-encoder-2"
-MODEL_FILE = "model.safetensors"
+MODEL_FILE, PREFIX = "model.safetensors", "encoder."
 
 
 def write_encoder(encoder: Encoder, method: str, path: Path) -> None:
@@ -40,12 +40,17 @@ def load_encoder(path: Path) -> Encoder:
         folder, manifest = path, checkpoint.verify(path)
     else:
         raise ConfigError(f"{path}: expected an encoder.safetensors, a checkpoint folder or a run, got none of them")
-    saved = manifest["meta"]["config"]
-    options = from_plain(methods.find(saved["method"]).Config, saved["options"])
-    spec = from_plain(ModelSpec, manifest["meta"]["model"])
-    method = methods.build(saved["method"], spec, options, saved["seed"])
-    method.load_state_dict(load_file(folder / MODEL_FILE))
-    return method.encoder
+    meta = manifest["meta"]
+    encoder = _build(meta["config"]["method"], meta["model"], meta["encoder"])
+    weights = load_file(folder / MODEL_FILE)
+    encoder.load_state_dict({n.removeprefix(PREFIX): t for n, t in weights.items() if n.startswith(PREFIX)})
+    return encoder
+
+
+def _build(method: str, model: dict, design: dict) -> Encoder:
+    """The encoder alone: the rest of its method may need files that are not at hand."""
+    spec = from_plain(ModelSpec, model)
+    return methods.find(method).METHOD.encoder_class(spec)(spec, **design)
 
 
 def _from_file(path: Path) -> Encoder:
@@ -56,8 +61,6 @@ def _from_file(path: Path) -> Encoder:
         raise ConfigError(f"{path}: expected a safetensors file: {e}") from e
     if description.get("format") != FORMAT:
         raise ConfigError(f"{path}: expected a file that fastmim exported ({FORMAT}), got {description.get('format')}")
-    spec = from_plain(ModelSpec, json.loads(description["model"]))
-    make_encoder = methods.find(description["method"]).METHOD.encoder_class(spec)
-    encoder = make_encoder(spec, **json.loads(description["design"]))
+    encoder = _build(description["method"], json.loads(description["model"]), json.loads(description["design"]))
     encoder.load_state_dict(load_file(path))
     return encoder

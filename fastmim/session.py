@@ -24,6 +24,8 @@ from fastmim.methods import base as methods
 from fastmim.metrics import Display, check_tracker, open_tracker
 from fastmim.pictures import write_pictures
 from fastmim.run_directory import RunDirectory, default_out
+from fastmim.tokenizer import TokenTarget
+from fastmim.tokenizer.recorded import record_tokens
 from fastmim.trainer import Periodic, Trainer
 
 DEMO_DATA = Path("data/demo")
@@ -151,6 +153,28 @@ class Session:
         # Not after an error: the other ranks might never come to the farewell.
         dist.finish()
         return finished
+
+    def record_tokens(self, folder: Path, steps: range) -> None:
+        """Writes the token ids of some steps, for `--cae.tokens`."""
+        config = self.config
+        method = methods.build(config.method, self.model, config.options, config.seed)
+        target = getattr(method, "tokens", None)
+        if not isinstance(target, TokenTarget) or dist.launched_world() > 1:
+            raise ConfigError(
+                "record-tokens: expected --method cae with --cae.tokenizer FILE, in one process, got "
+                f"{config.method} in {dist.launched_world()}"
+            )
+        loader, reason = self._loader()
+        self.say(f"loader    {reason}")
+        try:
+            record_tokens(
+                folder, loader, target.network, self.model, seed=config.seed, steps=steps, device=self.device
+            )  # fmt: skip
+        finally:
+            loader.close()
+        self.say(
+            f"done      {folder}: tokens of steps {steps.start} to {steps.stop - 1}; train with --cae.tokens {folder}"
+        )
 
     def _loader(self):
         config = self.config

@@ -180,6 +180,7 @@ class Trainer:
                 self.boxes.save(temporary)
             meta = {
                 "config": to_plain(self.config), "model": to_plain(self.config.model_spec()), "world": world_size(),
+                "encoder": self.method.encoder.design,
             }  # fmt: skip
             checkpoint.commit(temporary, self.checkpoints, self.step, meta, self.config.keep)
         if world_size() > 1:

@@ -83,9 +83,10 @@ def call(function: Callable[..., Any], case: Case, inputs: Inputs) -> list[Tenso
     outputs = flatten(inputs[case.result] if case.result else returned)
     if not sources:
         return outputs
-    # Small integer weights, exact in every dtype.
-    weights = [(torch.arange(o.numel(), device=o.device) % 7 - 3).view(o.shape).to(o.dtype) for o in outputs]
-    gradients = torch.autograd.grad(outputs, sources, weights)
+    # Small integer weights, exact in every dtype. Some outputs are for reading only.
+    ends = [o for o in outputs if o.requires_grad]
+    weights = [(torch.arange(o.numel(), device=o.device) % 7 - 3).view(o.shape).to(o.dtype) for o in ends]
+    gradients = torch.autograd.grad(ends, sources, weights)
     return [*(o.detach() for o in outputs), *gradients]
 
 

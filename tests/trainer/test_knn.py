@@ -99,6 +99,25 @@ def test_exported_encoder_is_the_checkpoint_encoder_and_describes_itself(run_fol
     assert encoder.position.equal(other.position)
 
 
+def test_encoder_with_a_conv_stem_is_read_back_alike(images, tmp_path, capsys):
+    out = tmp_path / "run"
+    done = train(
+        ["--method", "cmae", "--data", str(images), *TINY, "--stem", "conv", "--steps", "1", "--out", str(out)]
+    )
+    assert done.returncode == 0, done.stderr
+    where = [
+        "--data",
+        str(images / "train"),
+        "--val-data",
+        str(images / "val"),
+        "--precision",
+        "fp32",
+        "--workers",
+        "0",
+    ]
+    assert printed(capsys, "knn", str(out), *where) == printed(capsys, "knn", str(out / "encoder.safetensors"), *where)
+
+
 def test_linear_probe_command_names_its_weight_decay(run_folder, tmp_path, capsys):
     from fastmim_pipelines.demo import write_demo
 

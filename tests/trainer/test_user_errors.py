@@ -27,9 +27,9 @@ def run(capsys, *argv: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["trian"], "expected a command (train, knn, linear, demo-data, info), got trian; did you mean train?"),
+        (["trian"], "expected a command (train, knn, linear, record-tokens, demo-data, info), got trian; did you mean train?"),
         (["train", "--batchsize", "3"], "did you mean --batch-size?"),
-        (["train", "--method", "mea"], "--method: expected one of cmae, mae"),
+        (["train", "--method", "mea"], "--method: expected one of cae, cmae, icmae, mae, mixedae, simmim"),
         (["train", "--data", "nowhere", *SMALL], "nowhere"),
         (["train", "--data", "empty", *SMALL], "empty: expected images"),
         (["train", "--data", "images", *SMALL, "--batch-size", "7", "--accumulate", "2"], "take 6 or 8"),

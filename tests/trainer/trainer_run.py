@@ -13,7 +13,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 # Small enough for seconds, real in everything else: decoding, two views, decoders, EMA, checkpoints.
 TINY = [
-    "--preset", "demo", "--image-size", "16", "--patch-size", "4", "--batch-size", "8", "--precision", "fp32",
+    "--preset", "demo", "--stem", "patch", "--image-size", "16", "--patch-size", "4", "--batch-size", "8", "--precision", "fp32",
     "--workers", "0", "--warmup", "0", "--lr", "2e-5", "--device", "cpu", "--log-every", "1",
 ]  # fmt: skip
 
