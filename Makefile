@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 DEMO   ?= data/demo
-CHECKOUT_FILES := pyproject.toml CMakeLists.txt constraints.txt
+# A change to any of these installs anew, which also compiles the kernels and the JPEG decoder.
+CHECKOUT_FILES := pyproject.toml CMakeLists.txt constraints.txt $(wildcard kernels/csrc/* pipelines/csrc/*)
 
 .PHONY: help setup train test bench lint clean
 help:
@@ -33,6 +34,8 @@ $(VENV)/.torch: $(VENV)/.python constraints.txt
 
 $(VENV)/.installed: $(VENV)/.torch $(CHECKOUT_FILES)
 	@echo "== fastmim and what it needs"
+	@command -v c++ >/dev/null || echo "   no C++ compiler: torch and Pillow will do the work of the native kernels and" \
+		"decoder, in about twice the time. For those: sudo apt-get install -y g++, then touch CMakeLists.txt && make setup"
 	@$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 

@@ -86,11 +86,41 @@ inline float reduce(int64_t n, Term term) {
   for (; i + LANES <= n; i += LANES)
 #pragma omp simd
     for (int j = 0; j < LANES; ++j) lanes[j] += term(i + j);
+  for (; i + 16 <= n; i += 16)
+#pragma omp simd
+    for (int j = 0; j < 16; ++j) lanes[j] += term(i + j);
   float total = 0;
 #pragma omp simd reduction(+ : total)
   for (int j = 0; j < LANES; ++j) total += lanes[j];
   for (; i < n; ++i) total += term(i);
   return total;
+}
+
+// lanes[0] becomes better(...) of all N lanes, a power of two. N is known so that each halving is one vector operation.
+template <int N, class T, class Better>
+inline void fold(T* lanes, Better better) {
+#pragma omp simd
+  for (int j = 0; j < N / 2; ++j) lanes[j] = better(lanes[j], lanes[j + N / 2]);
+  if constexpr (N > 2) fold<N / 2>(lanes, better);
+}
+
+// The largest of n >= 1 floats; NaN are passed over.
+inline float largest(const float* p, int64_t n) {
+  constexpr int LANES = 64;
+  const auto larger = [](float a, float b) { return a < b ? b : a; };
+  float best = p[0];
+  int64_t i = 0;
+  if (n >= LANES) {
+    float lanes[LANES];
+    std::copy_n(p, LANES, lanes);
+    for (i = LANES; i + LANES <= n; i += LANES)
+#pragma omp simd
+      for (int j = 0; j < LANES; ++j) lanes[j] = larger(lanes[j], p[i + j]);
+    fold<LANES>(lanes, larger);
+    best = lanes[0];
+  }
+  for (; i < n; ++i) best = larger(best, p[i]);
+  return best;
 }
 
 // Calls body(T()) with the C++ type of a floating dtype.

@@ -13,6 +13,7 @@ from .depthwise import depthwise_patches
 from .ema import ema_update
 from .gather import gather_tokens
 from .infonce import contrastive_loss
+from .layer_norm import add_layer_norm
 from .masks import MaskIds, cell_masking, random_masking
 from .mixing import mix_patches, partition, unmix_tokens
 from .patch_contrast import patch_contrastive_loss
@@ -29,6 +30,7 @@ __all__ = [
     "MaskIds",
     "Stream",
     "TokenLoss",
+    "add_layer_norm",
     "backends",
     "bias_gelu",
     "block_masking",

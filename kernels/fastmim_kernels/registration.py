@@ -31,3 +31,15 @@ def define(
     if backward is not None:
         torch.library.register_autograd(f"fastmim::{name}", backward, setup_context=save, lib=LIBRARY)
     return getattr(torch.ops.fastmim, name)
+
+
+def no_second_derivative(function: str) -> Callable:
+    """For ``backward`` of an op that computes a gradient: says that the gradient cannot be differentiated."""
+
+    def refuse(ctx, *grads):
+        raise NotImplementedError(
+            f"{function}: expected a first derivative, got a request to differentiate it; this backend has none: set "
+            "FASTMIM_KERNELS=reference."
+        )
+
+    return refuse

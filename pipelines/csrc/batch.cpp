@@ -29,6 +29,7 @@ bool may_begin_down = false;
 struct File {
   std::unique_ptr<uint8_t[]> owned;
   Bytes bytes = {nullptr, 0};
+  bool is_raw = false;  // pixels as they are: rows of RGB
   Header header = {0, 0, 0, false};
 };
 
@@ -77,11 +78,14 @@ void for_each(int count, int threads, int* status, Work work) {
 // False where the bytes cannot be had whole. Of what does not begin like a JPEG file only the beginning is read.
 bool read_at(int descriptor, int64_t offset, size_t size, File* file) {
   uint8_t beginning[2];
-  if (size > sizeof beginning && pread(descriptor, beginning, sizeof beginning, offset) == sizeof beginning &&
+  if (!file->is_raw && size > sizeof beginning &&
+      pread(descriptor, beginning, sizeof beginning, offset) == sizeof beginning &&
       (beginning[0] != 0xFF || beginning[1] != 0xD8)) {
     return true;
   }
-  file->owned.reset(new uint8_t[size]);
+  // The resampler looks beyond the end of raw pixels, see Region.
+  const size_t slack = file->is_raw ? 48 * static_cast<size_t>(file->header.width) + 16 : 0;
+  file->owned.reset(new uint8_t[size + slack]);
   size_t done = 0;
   while (done < size) {
     const ssize_t got = pread(descriptor, file->owned.get() + done, size - done, offset + static_cast<int64_t>(done));
@@ -93,16 +97,50 @@ bool read_at(int descriptor, int64_t offset, size_t size, File* file) {
   return true;
 }
 
-bool read_file(const char* path, File* file) {
+// A whole file, if size is negative.
+bool read_path(const char* path, int64_t offset, int64_t size, File* file) {
   // A pipe that took the place of a file must not block.
   const int descriptor = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (descriptor < 0) return false;
   struct stat about;
-  const bool is_good = fstat(descriptor, &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 0 &&
-                       read_at(descriptor, 0, static_cast<size_t>(about.st_size), file);
+  bool is_good = fstat(descriptor, &about) == 0 && S_ISREG(about.st_mode);
+  if (is_good && size < 0) size = about.st_size;
+  is_good = is_good && size > 0 && size <= about.st_size && read_at(descriptor, offset, static_cast<size_t>(size), file);
   close(descriptor);
   return is_good;
 }
+
+// Where the bytes of the files are; see fastmim_decode_open.
+struct Sources {
+  const char* const* paths;
+  const int* descriptors;
+  const int64_t *offsets, *sizes;
+  const uint8_t* const* data;
+  const int* raw_sizes;
+
+  Status read(size_t i, int64_t most_pixels, File* file) const {
+    if (raw_sizes && raw_sizes[2 * i] > 0) {
+      file->is_raw = true;
+      file->header = {raw_sizes[2 * i], raw_sizes[2 * i + 1], 3, false};
+      if (file->header.height <= 0 || sizes[i] != int64_t{3} * file->header.width * file->header.height) return kOtherKind;
+      if (pixels(*file) > most_pixels) return kTooLarge;
+    }
+    if (data) {
+      file->bytes = {data[i], static_cast<size_t>(sizes[i])};
+    } else if (sizes && sizes[i] <= 0) {
+      return kUnreadable;
+    } else if (descriptors && descriptors[i] >= 0) {
+      if (!read_at(descriptors[i], offsets[i], static_cast<size_t>(sizes[i]), file)) return kUnreadable;
+    } else if (!read_path(paths[i], offsets ? offsets[i] : 0, sizes ? sizes[i] : -1, file)) {
+      return kUnreadable;
+    }
+    if (file->is_raw) return kDone;
+    if (!parse_header(file->bytes, &file->header)) return kOtherKind;
+    return pixels(*file) > most_pixels ? kTooLarge : kDone;
+  }
+
+  static int64_t pixels(const File& file) { return static_cast<int64_t>(file.header.width) * file.header.height; }
+};
 
 struct Crops {
   int number;            // per image
@@ -144,8 +182,15 @@ Status crop(const File& file, int item, int items, const Crops& crops, Tools* to
   wanted.width = right - wanted.left;
   wanted.height = bottom - wanted.top;
   Region& region = tools->region;
-  const Status status = decode_region(library, file.bytes, header, wanted, &region);
-  if (status != kDone) return status;
+  if (file.is_raw) {
+    region.rect = {0, 0, header.width, header.height};
+    region.channels = header.channels;
+    region.stride = static_cast<size_t>(header.width) * 3;
+    region.pixels = file.bytes.data;
+  } else {
+    const Status status = decode_region(library, file.bytes, header, wanted, &region);
+    if (status != kDone) return status;
+  }
   if (crops.channels == 1 && region.channels == 3) convert_to_gray(&region);
   for (int k = 0; k < crops.number; ++k) {
     const size_t plane = static_cast<size_t>(crops.sizes[2 * k]) * static_cast<size_t>(crops.sizes[2 * k + 1]);
@@ -170,7 +215,7 @@ bool find(void* handle, const char* name, Function* function) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The generation of this interface; native_decode.py knows which one it speaks.
-EXPORT int fastmim_decode_version() { return 1; }
+EXPORT int fastmim_decode_version() { return 2; }
 
 // Binds libjpeg's functions, and sets the order of the resampler's passes: see may_begin_down. Returns null, or what is
 // missing; the text lives until the next call.
@@ -195,11 +240,13 @@ EXPORT const char* fastmim_decode_load(const char* libjpeg, int begin_down) {
   return nullptr;
 }
 
-// Reads files and their headers. Of paths, descriptors (with offsets and sizes) and data (with sizes) one is given and
-// the others are null; data must live as long as the batch. `status` must hold zeros. Returns null if memory is short.
+// Reads files and their headers. Their bytes are at `data` with `sizes`, which must live as long as the batch; or, if that
+// is null, in open files or (where there is no descriptor, or a negative one) at paths: at `offsets` with `sizes`, or the
+// whole file, if those are null. `raw_sizes`, if not null, holds width and height of those that are raw RGB pixels, not
+// image files, and 0 for the others. `status` must hold zeros. Returns null if memory is short.
 EXPORT void* fastmim_decode_open(int count, const char* const* paths, const int* descriptors, const int64_t* offsets,
-                                 const int64_t* sizes, const uint8_t* const* data, int64_t most_pixels, int threads,
-                                 int* widths, int* heights, int* status) {
+                                 const int64_t* sizes, const uint8_t* const* data, const int* raw_sizes,
+                                 int64_t most_pixels, int threads, int* widths, int* heights, int* status) {
   using namespace fastmim;
   std::unique_ptr<Batch> batch;
   try {
@@ -207,19 +254,15 @@ EXPORT void* fastmim_decode_open(int count, const char* const* paths, const int*
   } catch (const std::bad_alloc&) {
     return nullptr;
   }
+  const Sources sources = {paths, descriptors, offsets, sizes, data, raw_sizes};
   for_each(count, threads, status, [&](int i, Tools*) {
     File& file = batch->files[static_cast<size_t>(i)];
-    if (data) {
-      file.bytes = {data[i], static_cast<size_t>(sizes[i])};
-    } else if (paths ? !read_file(paths[i], &file)
-                     : sizes[i] <= 0 || !read_at(descriptors[i], offsets[i], static_cast<size_t>(sizes[i]), &file)) {
-      return kUnreadable;
+    const Status result = sources.read(static_cast<size_t>(i), most_pixels, &file);
+    if (result == kDone) {
+      widths[i] = file.header.width;
+      heights[i] = file.header.height;
     }
-    if (!parse_header(file.bytes, &file.header)) return kOtherKind;
-    if (static_cast<int64_t>(file.header.width) * file.header.height > most_pixels) return kTooLarge;
-    widths[i] = file.header.width;
-    heights[i] = file.header.height;
-    return kDone;
+    return result;
   });
   return batch.release();
 }

@@ -41,13 +41,14 @@ struct Rect {
   int left, top, width, height;
 };
 
-// Decoded part of an image: rows of interleaved channels, `stride` bytes apart. 15 more rows may be read; they hold
-// anything.
+// Decoded part of an image: rows of interleaved channels, `stride` bytes apart, in `storage` or elsewhere. 15 more rows
+// and 16 more bytes may be read; they hold anything.
 struct Region {
   Rect rect;
   int channels;
   size_t stride;
-  std::vector<uint8_t> pixels;
+  const uint8_t* pixels;
+  std::vector<uint8_t> storage;
 };
 
 // Whether the library agrees with libjpeg_abi.h.

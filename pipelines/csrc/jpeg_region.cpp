@@ -79,7 +79,7 @@ Status run(const jpeg::Library& library, const Header& header, Region* region, S
   if (rect.top > 0 && library.skip_scanlines(info, static_cast<unsigned>(rect.top)) != static_cast<unsigned>(rect.top)) {
     give_up(info);
   }
-  uint8_t* row = region->pixels.data();
+  uint8_t* row = region->storage.data();
   for (int done = 0; done < rect.height;) {
     constexpr int kRows = 16;
     uint8_t* rows[kRows];
@@ -128,7 +128,8 @@ Status decode_region(const jpeg::Library& library, Bytes file, const Header& hea
   region->stride = (most_bytes + 63) / 64 * 64;
   // The resampler reads blocks of 16 x 16 bytes that may begin in the last row and pixel.
   const size_t bytes = (static_cast<size_t>(rect.height) + 15) * region->stride + 16;
-  if (region->pixels.size() < bytes) region->pixels.resize(bytes);
+  if (region->storage.size() < bytes) region->storage.resize(bytes);
+  region->pixels = region->storage.data();
 
   Session session;
   prepare(library, file, &session);
@@ -141,12 +142,19 @@ Status decode_region(const jpeg::Library& library, Bytes file, const Header& hea
 }
 
 void convert_to_gray(Region* region) {
-  for (int y = 0; y < region->rect.height; ++y) {
-    uint8_t* row = region->pixels.data() + region->stride * static_cast<size_t>(y);
-    for (int x = 0; x < region->rect.width; ++x) {
-      row[x] = static_cast<uint8_t>((row[3 * x] * 19595u + row[3 * x + 1] * 38470u + row[3 * x + 2] * 7471u + 0x8000u) >> 16);
+  const uint8_t* from = region->pixels;
+  const size_t width = static_cast<size_t>(region->rect.width);
+  const size_t bytes = (static_cast<size_t>(region->rect.height) + 15) * width + 16;
+  // In place if the pixels are our own: a pixel is read before its place is written to.
+  if (region->storage.size() < bytes) region->storage.resize(bytes);
+  uint8_t* to = region->storage.data();
+  for (int y = 0; y < region->rect.height; ++y, from += region->stride, to += width) {
+    for (size_t x = 0; x < width; ++x) {
+      to[x] = static_cast<uint8_t>((from[3 * x] * 19595u + from[3 * x + 1] * 38470u + from[3 * x + 2] * 7471u + 0x8000u) >> 16);
     }
   }
+  region->pixels = region->storage.data();
+  region->stride = width;
   region->channels = 1;
 }
 

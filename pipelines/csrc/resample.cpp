@@ -145,8 +145,7 @@ void resample(const Region& region, const Taps& across_taps, const Taps& down_ta
   const int width = static_cast<int>(across_taps.first.size()), height = static_cast<int>(down_taps.first.size());
   const int channels = region.channels;
   const int columns = across_taps.end() - across_taps.begin(), rows = down_taps.end() - down_taps.begin();
-  const uint8_t* source = region.pixels.data() +
-                          region.stride * static_cast<size_t>(down_taps.begin() - region.rect.top) +
+  const uint8_t* source = region.pixels + region.stride * static_cast<size_t>(down_taps.begin() - region.rect.top) +
                           static_cast<size_t>((across_taps.begin() - region.rect.left) * channels);
   const size_t padded_width = (static_cast<size_t>(width) + 63) / 64 * 64;
   const size_t plane = padded_width * (static_cast<size_t>(is_down_first ? height : rows) + kLanes - 1);

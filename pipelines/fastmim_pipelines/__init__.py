@@ -17,6 +17,8 @@ __all__ = ["LOADERS", "Batch", "CropSpec", "DataError", "Loader", "make_loader"]
 # Every loader there is: name -> (module, class). Modules are imported when asked for.
 LOADERS = {
     "folder": ("folder", "FolderLoader"),
+    "tar": ("tar", "TarLoader"),
+    "ffcv": ("ffcv_file", "BetonLoader"),
     "synthetic": ("synthetic", "SyntheticLoader"),
 }
 
@@ -29,12 +31,13 @@ def make_loader(
     Args:
         name: a key of LOADERS, or "auto": the fastest one that can read `data` here.
         crops: what to cut out of each image.
-        data: folder of images or FolderIndex; not used by "synthetic".
+        data: a folder of images, a folder with tar shards or one, a .beton file, or an index of such (see
+            index.open_index); not used by "synthetic".
         options: keyword arguments of the loader's class: batch_size, rank, world, seed, in_chans, workers, ...
     Returns:
         The loader, and one line that says which it is and why.
     Raises:
-        ValueError: unknown name; no data for a loader that needs it; options out of range.
+        ValueError: unknown name; no data for a loader that needs it, or an index for another; options out of range.
         DataError: the data cannot be used.
     """
     if name not in ("auto", *LOADERS):
@@ -44,21 +47,27 @@ def make_loader(
             f"data: expected a folder of images for the loader {name!r}, got none; "
             "give one, or choose the loader synthetic."
         )
-    reason = f"{name}: as asked for"
-    is_auto = name == "auto"
-    if is_auto:
-        name = "folder"
+    if name == "synthetic":
+        return _class_of(name)(crops, **options), "synthetic: as asked for"
+    from .index import open_index
+
+    index = open_index(data, name) if isinstance(data, str | os.PathLike) else data
+    if name not in ("auto", index.kind):
+        raise ValueError(f"loader: expected {index.kind} for {index.root}, got {name!r}; choose auto.")
+    loader = _class_of(index.kind)(index, crops, **options)
+    asked = ", as asked for" if name != "auto" else ""
+    return loader, f"{index.kind}{asked}: {loader.reason}, {parallelism(loader)}"
+
+
+def _class_of(name: str) -> type:
     module, class_name = LOADERS[name]
-    loader_class = getattr(import_module(f".{module}", __name__), class_name)
-    loader = loader_class(*(() if name == "synthetic" else (data,)), crops, **options)
-    if is_auto:
-        reason = f"{name}: {loader.reason}, {parallelism(loader)}"
-    return loader, reason
+    return getattr(import_module(f".{module}", __name__), class_name)
 
 
 def parallelism(loader: Any) -> str:
     """Who decodes, in words."""
     workers, threads = loader.workers, loader.threads
     if workers:
-        return f"{workers} worker processes" + (f" of {threads} threads" if threads > 1 else "")
-    return f"{threads} threads ahead of need" if threads else "when a batch is asked for"
+        text = f"{workers} worker process{'es' * (workers > 1)}"
+        return f"{text} of {threads} threads" if threads > 1 else text
+    return f"{threads} thread{'s' * (threads > 1)} ahead of need" if threads else "when a batch is asked for"

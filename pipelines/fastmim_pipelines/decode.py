@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import time
 import warnings
@@ -139,7 +140,7 @@ def read_picture(image: Encoded, in_chans: int, name: str | None = None) -> Pict
     if name is None:
         name = image if isinstance(image, str) else "image"
     try:
-        if isinstance(image, str) and image.lower().endswith(".npy"):
+        if name.lower().endswith(".npy") and not (isinstance(image, FileSpan) and image.width):
             return _from_array(image, in_chans)
         return _from_image(image, in_chans)
     # Decoders fed with hostile bytes raise almost anything (SyntaxError, struct.error, IndexError, ...).
@@ -172,7 +173,7 @@ def read_bytes(image: Encoded) -> bytes | bytearray | memoryview:
     for attempt in range(_READ_ATTEMPTS):
         try:
             if isinstance(image, FileSpan):
-                data = os.pread(image.descriptor, image.size, image.offset)
+                data = _read_span(image)
             else:
                 with open(image, "rb") as file:
                     data = file.read()
@@ -188,11 +189,28 @@ def read_bytes(image: Encoded) -> bytes | bytearray | memoryview:
     raise AssertionError("unreachable")
 
 
+def _read_span(span: FileSpan) -> bytes:
+    if span.size <= 0:
+        raise _Unusable("the file that holds it does not tell a possible place for it")
+    descriptor = span.descriptor if span.descriptor >= 0 else os.open(span.path, os.O_RDONLY)
+    try:
+        data = os.pread(descriptor, span.size, span.offset)
+    finally:
+        if span.descriptor < 0:
+            os.close(descriptor)
+    if len(data) < span.size:
+        raise _Unusable(f"expected {span.size} bytes at {span.offset}, got {len(data)}: the file was cut short")
+    return data
+
+
 def _from_image(source: Encoded, in_chans: int) -> Picture:
     mode = _MODES.get(in_chans)
     if mode is None:
         raise _Unusable(f"expected {in_chans} channels, got an image file (1, 3 or 4); use .npy files for other counts")
-    image = Image.open(io.BytesIO(read_bytes(source)), formats=_FORMATS)
+    if isinstance(source, FileSpan) and source.width:
+        image = _raw_image(source)
+    else:
+        image = Image.open(io.BytesIO(read_bytes(source)), formats=_FORMATS)
     # Pillow itself only warns of a decompression bomb up to twice its limit; here the limit is the limit.
     if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
         raise Image.DecompressionBombError
@@ -200,6 +218,14 @@ def _from_image(source: Encoded, in_chans: int) -> Picture:
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
     return Picture([image if image.mode == mode else image.convert(mode)])
+
+
+def _raw_image(span: FileSpan) -> Image.Image:
+    if span.size != 3 * span.width * span.height:
+        raise _Unusable(f"expected 3 bytes for each of {span.width} x {span.height} pixels, got {span.size}")
+    if Image.MAX_IMAGE_PIXELS is not None and span.width * span.height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+    return Image.frombuffer("RGB", (span.width, span.height), read_bytes(span), "raw", "RGB", 0, 1)
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
@@ -210,9 +236,10 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values >> 8).astype(np.uint8))
 
 
-def _from_array(path: str, in_chans: int) -> Picture:
-    # Mapped, so that a header which claims a giant array fails on the file's size and not on memory.
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+def _from_array(source: Encoded, in_chans: int) -> Picture:
+    # Mapped or compared with the bytes at hand, so that a header which claims a giant array fails on the size and not on
+    # memory.
+    array = np.load(source, mmap_mode="r", allow_pickle=False) if isinstance(source, str) else _array_of(source)
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
         raise _Unusable(f"expected a uint8 array (H, W) or (H, W, {in_chans}), got {_describe(array)}")
     limit: int | None = Image.MAX_IMAGE_PIXELS
@@ -222,6 +249,17 @@ def _from_array(path: str, in_chans: int) -> Picture:
     if planes.shape[2] != in_chans:
         raise _Unusable(f"expected {in_chans} channels, got {planes.shape[2]}")
     return Picture([Image.fromarray(np.ascontiguousarray(planes[..., c])) for c in range(in_chans)])
+
+
+def _array_of(source: Encoded) -> np.ndarray:
+    file = io.BytesIO(read_bytes(source))
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, is_fortran, dtype = read_header(file)
+    data = file.read()
+    if dtype.hasobject or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != len(data):
+        raise _Unusable(f"expected the bytes of {dtype} {shape}, got {len(data)}")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def _describe(array: object) -> str:

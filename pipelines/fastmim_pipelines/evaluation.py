@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .cores import default_workers
-from .decode import read_picture
-from .folder import BadImage, OnBadImage
-from .index import FolderIndex
+from .decode import CropReader
+from .index import FolderIndex, ImageIndex
+from .loader import BadImage, OnBadImage, check_damage
 from .sampling import center_box
 from .spec import DataError, printable
-from .workers import Answers, most_workers
+from .workers import answers_of, parallelism
 
 
 class EvalBatch(NamedTuple):
@@ -37,20 +36,21 @@ class EvalReader:
         size: (height, width) of the pictures.
         batch_size: pictures per batch of this rank; the last batch may be smaller.
         rank, world: ranks take contiguous parts, whose sizes differ by at most one.
-        in_chans, workers, pin_memory, timeout_s: as for FolderLoader.
+        in_chans, workers, threads, pin_memory, timeout_s: as for FolderLoader.
         limit: use this many images only, spread evenly over the index.
         size_ratio: side of the box by the short side of the image. Source: 224 of 256, the ImageNet protocol.
             None: the whole image, whose aspect becomes that of `size`.
         on_bad_image: "error" stops; "skip" leaves the image out.
     Attributes:
         bad_images: (path, reason) of images left out, without repeats.
+        workers, threads, reason: as for FolderLoader.
     Raises:
         DataError: an unusable folder (from the constructor) or image (from the iterator).
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str] | FolderIndex,
+        folder: str | os.PathLike[str] | ImageIndex,
         size: tuple[int, int],
         *,
         batch_size: int = 64,
@@ -59,6 +59,7 @@ class EvalReader:
         in_chans: int = 3,
         limit: int | None = None,
         workers: int | None = 0,
+        threads: int | None = None,
         size_ratio: float | None = 224 / 256,
         on_bad_image: OnBadImage = "error",
         pin_memory: bool = False,
@@ -69,23 +70,24 @@ class EvalReader:
                 raise ValueError(f"{name}: expected at least 1, got {value}.")
         if not 0 <= rank < world:
             raise ValueError(f"rank: expected 0..{world - 1}, got {rank}.")
-        self.index = folder if isinstance(folder, FolderIndex) else FolderIndex(folder)
+        self.index = FolderIndex(folder) if isinstance(folder, str | os.PathLike) else folder
         self.ids = np.array_split(spread(len(self.index), limit), world)[rank]
-        self.bad_images: list[tuple[str, str]] = []
-        self._dataset = _CenterDataset(self.index, size, in_chans, size_ratio)
+        self._skips, self._pin_memory, self._timeout_s = on_bad_image == "skip", pin_memory, timeout_s
+        self.bad_images = check_damage(self.index, self._skips)
+        reader = CropReader([(size, "bicubic")], in_chans)
+        self.reason = reader.reason
+        self._dataset = _CenterDataset(self.index, size, reader, size_ratio)
         self._requests = [self.ids[start : start + batch_size] for start in range(0, len(self.ids), batch_size)]
         self._batch_bytes = batch_size * in_chans * size[0] * size[1]
-        if workers is None:
-            cores = default_workers(world, trains_on_cpu=not pin_memory)
-            workers = int(min(cores, most_workers(self._batch_bytes)))
-        self.workers = min(workers, len(self._requests))
-        self._skips, self._pin_memory, self._timeout_s = on_bad_image == "skip", pin_memory, timeout_s
+        self.workers, self.threads = parallelism(workers, threads, reader, world, pin_memory, self._batch_bytes)
+        self.workers = min(self.workers, len(self._requests))
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        answers = Answers(
+        answers = answers_of(
             self._dataset,
             self._requests,
             workers=self.workers,
+            threads=self.threads,
             result_bytes=self._batch_bytes,
             pin_memory=self._pin_memory,
             timeout_s=self._timeout_s,
@@ -118,27 +120,23 @@ def spread(count: int, limit: int | None) -> np.ndarray:
 class _CenterDataset(Dataset):
     """Sample ids -> (EvalBatch, bad images); runs in the workers."""
 
-    def __init__(self, index: FolderIndex, size: tuple[int, int], in_chans: int, size_ratio: float | None):
-        self.index, self.size, self.in_chans, self.size_ratio = index, size, in_chans, size_ratio
+    def __init__(self, index: ImageIndex, size: tuple[int, int], reader: CropReader, size_ratio: float | None):
+        self.index, self.size, self.reader, self.size_ratio = index, size, reader, size_ratio
+        self.pins = False
 
-    def __getitem__(self, ids: Sequence[int]) -> tuple[EvalBatch, list[BadImage]]:
-        images: list[np.ndarray] = []
-        good: list[int] = []
-        bad: list[BadImage] = []
-        height, width = self.size
-        for sample_id in map(int, ids):
-            try:
-                picture = read_picture(self.index.path(sample_id), self.in_chans)
-            except DataError as e:
-                bad.append(BadImage(sample_id, e.path, e.reason))
-                continue
+    def __getitem__(self, ids: np.ndarray) -> tuple[EvalBatch, list[BadImage]]:
+        def boxes_of(slot: int, width: int, height: int) -> list[tuple[float, float, float, float]]:
             if self.size_ratio is None:
-                box = (0, 0, picture.width, picture.height)
-            else:
-                box = center_box(picture.width, picture.height, self.size_ratio, aspect=width / height)
-            images.append(picture.crop(box, self.size))
-            good.append(sample_id)
-        pixels = np.stack(images) if images else np.empty((0, self.in_chans, height, width), np.uint8)
-        ids_array = np.array(good, dtype=np.int64)
-        labels = self.index.labels[ids_array] if self.index.labels is not None else np.full(len(good), -1, np.int64)
-        return EvalBatch(*map(torch.from_numpy, (pixels, labels, ids_array))), bad
+                return [(0, 0, width, height)]
+            return [center_box(width, height, self.size_ratio, aspect=self.size[1] / self.size[0])]
+
+        shape = (len(ids), self.reader.in_chans, *self.size)
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pins)
+        names = [self.index.path(sample_id) for sample_id in ids.tolist()]
+        errors = self.reader.read(self.index.encoded(ids.tolist()), names, boxes_of, [images.numpy()])
+        bad = [BadImage(int(i), error.path, error.reason) for i, error in zip(ids, errors) if error is not None]
+        if bad:
+            good = np.array([error is None for error in errors])
+            images, ids = images[torch.from_numpy(good)], ids[good]
+        labels = self.index.labels[ids] if self.index.labels is not None else np.full(len(ids), -1, np.int64)
+        return EvalBatch(images, torch.from_numpy(labels), torch.from_numpy(ids.copy())), bad

@@ -1,23 +1,110 @@
-"""The list of images below a folder, with their class labels."""
+"""Lists of images with their class labels: what any of them can do, and the images below a folder."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import import_module
+from typing import ClassVar, Protocol
 
 import numpy as np
 
+from .native_decode import Encoded
 from .spec import DataError, printable
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".npy")
+
+
+class ImageIndex(Protocol):
+    """A list of images, wherever their bytes are; picklable, and cheaply so.
+
+    Attributes:
+        kind: name of the loader for it.
+        root: what messages call the whole.
+        classes: names of the classes; empty when there are none.
+        labels: (n,) int64 index into `classes`, or None.
+    """
+
+    kind: ClassVar[str]
+    root: str
+    classes: list[str]
+    labels: np.ndarray | None
+
+    def __len__(self) -> int: ...
+
+    def path(self, index: int) -> str:
+        """What messages call image `index`, 0..n-1: its path, or what comes closest to one."""
+        ...
+
+    def name(self, index: int) -> str:
+        """The image's name within the whole, without its root."""
+        ...
+
+    def encoded(self, indices: Sequence[int]) -> Sequence[Encoded]:
+        """Where the bytes of the images are, or the bytes."""
+        ...
+
+
+class Names:
+    """Many byte strings in one block: a million of them cost some 40 MB, and worker processes share or receive them
+    cheaply.
+
+    Attributes:
+        block: (bytes,) uint8; ends: (n,) int64, where in it each name ends.
+    """
+
+    def __init__(self, block: np.ndarray, ends: np.ndarray):
+        self.block, self.ends = block, ends
+
+    @classmethod
+    def of(cls, names: Iterable[bytes]) -> Names:
+        listed = list(names)
+        block = np.frombuffer(b"".join(listed), np.uint8)
+        return cls(block, np.cumsum([len(name) for name in listed], dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> bytes:
+        start = int(self.ends[index - 1]) if index else 0
+        return self.block[start : int(self.ends[index])].tobytes()
+
+
+def classes_of_folders(names: Iterable[str], separator: str = "/") -> list[str | None]:
+    """The first-level folder of each image; None for one that lies in the root itself."""
+    return [name.split(separator, 1)[0] if separator in name else None for name in names]
+
+
+def numbered(
+    root: str, of_image: Sequence[str | None], classes: Sequence[str] | None
+) -> tuple[list[str], np.ndarray | None]:
+    """The list of classes and each image's number in it; no labels if an image has no class.
+
+    Args:
+        classes: the list to number by; None = the classes found, sorted.
+    Raises:
+        DataError: a class that is not in the list; exit code 2.
+    """
+    is_labeled = None not in of_image
+    found = sorted(set(of_image)) if is_labeled else []
+    names = list(classes) if classes is not None else found
+    number = {name: label for label, name in enumerate(names)}
+    unknown = [name for name in found if name not in number]
+    if unknown:
+        raise DataError(
+            f"{printable(root)}: expected only known classes, got also {unknown[:3]}; name the folders as in the training set.",
+            path=root,
+            reason="unknown class",
+            exit_code=2,
+        )
+    return names, np.array([number[name] for name in of_image], dtype=np.int64) if is_labeled else None
 
 
 class FolderIndex:
     """All images below a folder, at any depth, in an order that depends on their names only.
 
     Hidden files and folders are skipped, symbolic links followed. The first-level folder of an image is its class.
-    Names are kept as one block of bytes: a million of them cost some 40 MB, and worker processes share or receive
-    them cheaply.
 
     Args:
         folder: where to look.
@@ -31,6 +118,8 @@ class FolderIndex:
             in the given list; exit code 2.
     """
 
+    kind = "folder"
+
     def __init__(self, folder: str | os.PathLike[str], *, classes: Sequence[str] | None = None):
         self.root = os.fspath(folder)
         names = list(_images_below(self.root))
@@ -42,33 +131,123 @@ class FolderIndex:
                 reason="no images",
                 exit_code=2,
             )
-        encoded = [os.fsencode(name) for name in names]
-        self._block = b"".join(encoded)
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-
-        of_image = [name.split(os.sep, 1)[0] if os.sep in name else None for name in names]
-        is_labeled = None not in of_image
-        found = sorted(set(of_image)) if is_labeled else []
-        self.classes: list[str] = list(classes) if classes is not None else found
-        number = {name: label for label, name in enumerate(self.classes)}
-        unknown = [name for name in found if name not in number]
-        if unknown:
-            raise DataError(
-                f"{printable(self.root)}: expected only known classes, got also {unknown[:3]}; "
-                "name the folders as in the training set.",
-                path=self.root,
-                reason="unknown class",
-                exit_code=2,
-            )
-        self.labels = np.array([number[name] for name in of_image], dtype=np.int64) if is_labeled else None
+        self._names = Names.of(map(os.fsencode, names))
+        of_image = classes_of_folders(names, os.sep)
+        self.classes, self.labels = numbered(self.root, of_image, classes)
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._names)
 
     def path(self, index: int) -> str:
         """Full path of image `index`, 0..n-1."""
-        start = int(self._ends[index - 1]) if index else 0
-        return os.path.join(self.root, os.fsdecode(self._block[start : int(self._ends[index])]))
+        return os.path.join(self.root, os.fsdecode(self._names[index]))
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self._names[index])
+
+    def encoded(self, indices: Sequence[int]) -> list[str]:
+        return [self.path(index) for index in indices]
+
+
+def named(numbers: np.ndarray, names: Sequence[str]) -> tuple[list[str | None], list[str]]:
+    """The class of each image by its number in a list of names, and the list; a number without a name is its own name.
+
+    Args:
+        numbers: (n,) at least 0. names: may be empty, or shorter than the largest number.
+    """
+    found = np.unique(numbers).tolist()  # and not all numbers up to the largest: that may be any
+    name_of = {number: names[number] if number < len(names) else str(number) for number in found}
+    nameless = [name_of[number] for number in found if number >= len(names)]
+    return [name_of[number] for number in numbers.tolist()], [*names, *nameless]
+
+
+class _Remaining:
+    """An index without some of its images; see `without`."""
+
+    def __init__(self, index: ImageIndex, kept: np.ndarray):
+        self.kind, self.root, self.classes = index.kind, index.root, index.classes
+        self.labels = None if index.labels is None else index.labels[kept]
+        self.damage = getattr(index, "damage", [])
+        self._index, self._kept = index, kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def path(self, index: int) -> str:
+        return self._index.path(int(self._kept[index]))
+
+    def name(self, index: int) -> str:
+        return self._index.name(int(self._kept[index]))
+
+    def encoded(self, indices: Sequence[int]) -> Sequence[Encoded]:
+        return self._index.encoded(self._kept[np.asarray(indices)].tolist())
+
+
+def without(index: ImageIndex, list_path: str | os.PathLike[str]) -> ImageIndex:
+    """The index without the images named in a list that `verify` has written: one JSON object with "name" per line.
+
+    Sample ids are places in the index that is left, so the order of a run depends on the list.
+
+    Raises:
+        DataError: the list cannot be read, or nothing is left; exit code 2.
+    """
+    path = os.fspath(list_path)
+    try:
+        with open(path) as file:
+            names = {json.loads(line)["name"] for line in file if line.strip()}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise DataError(
+            f"{printable(path)}: expected one JSON object with a name per line ({type(e).__name__}: {e}); "
+            "write the list with verify-data.",
+            path=path,
+            reason="not a list of images",
+            exit_code=2,
+        ) from e
+    kept = np.array([i for i in range(len(index)) if index.name(i) not in names], np.int64)
+    if not len(kept):
+        raise DataError(
+            f"{printable(index.root)}: no image is left without those of {printable(path)}.", path=path, exit_code=2
+        )
+    return _Remaining(index, kept)
+
+
+def open_index(
+    data: str | os.PathLike[str], loader: str = "auto", *, classes: Sequence[str] | None = None
+) -> ImageIndex:
+    """The list of images at a path.
+
+    Args:
+        loader: folder, tar or ffcv; auto: a .beton file is for ffcv, a .tar file or a folder with such files at its top
+            for tar, everything else for folder.
+        classes: see FolderIndex.
+    Raises:
+        ValueError: another loader. DataError: see the indices.
+    """
+    if loader == "auto":
+        loader = _kind_at(os.fspath(data))
+    if loader not in _INDICES:
+        raise ValueError(
+            f"loader: expected one of auto, {', '.join(_INDICES)} for {printable(os.fspath(data))}, got {loader!r}."
+        )
+    module, name = _INDICES[loader]
+    return getattr(import_module(f".{module}", __package__), name)(data, classes=classes)
+
+
+_INDICES = {"folder": ("index", "FolderIndex"), "tar": ("tar", "TarIndex"), "ffcv": ("ffcv_file", "BetonIndex")}
+
+
+def _kind_at(path: str) -> str:
+    if path.lower().endswith(".beton"):
+        return "ffcv"
+    if path.lower().endswith(".tar"):
+        return "tar"
+    try:
+        with os.scandir(path) as entries:
+            return (
+                "tar" if any(entry.name.lower().endswith(".tar") and entry.is_file() for entry in entries) else "folder"
+            )
+    except OSError:
+        return "folder"  # which says what is wrong
 
 
 def _images_below(root: str) -> Iterator[str]:

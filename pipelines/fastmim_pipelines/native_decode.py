@@ -27,21 +27,25 @@ from PIL import Image
 VARIABLE = "FASTMIM_DECODE"
 CHOICES = ("pillow", "native")
 FILTERS = ("bilinear", "bicubic", "lanczos")  # in the order of the enum Filter of csrc/decode.h
-_VERSION = 1
+_VERSION = 2
 _NO_LIMIT = 1 << 62
 _SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 _BUILD_ADVICE = "build it with `python -m fastmim_pipelines.native_decode build` (needs g++ or clang++)"
 
 
 class FileSpan(NamedTuple):
-    """Part of an open file."""
+    """Part of a file: of an open one, or of the one at the path."""
 
-    descriptor: int
+    path: str
     offset: int
     size: int
+    descriptor: int = -1
+    width: int = 0
+    """If not 0: what is there is no image file, but `height` rows of `width` RGB pixels of 8 bits."""
+    height: int = 0
 
 
-# The bytes of an image file: a path, part of an open file, or the bytes themselves.
+# The bytes of an image file: a path, part of a file, or the bytes themselves.
 Encoded = str | FileSpan | bytes | bytearray | memoryview | np.ndarray
 
 
@@ -68,19 +72,21 @@ class NativeBatch:
         count = len(images)
         self._library, self._threads, self._images = library, threads, images  # keeps the bytes alive
         self.widths, self.heights, self.status = (np.zeros(count, np.int32) for _ in range(3))
-        paths = descriptors = offsets = sizes = data = None
+        paths = descriptors = offsets = sizes = data = raw_sizes = None
         if all(isinstance(image, str) for image in images):
             paths = (ctypes.c_char_p * count)(*map(os.fsencode, images))
         elif all(isinstance(image, FileSpan) for image in images):
-            spans = np.array(images, np.int64).reshape(count, 3).T
-            descriptors, offsets, sizes = spans[0].astype(np.int32), spans[1].copy(), spans[2].copy()
+            paths = (ctypes.c_char_p * count)(*(os.fsencode(span.path) for span in images))
+            numbers = np.array([span[1:] for span in images], np.int64).T
+            offsets, sizes = numbers[0].copy(), numbers[1].copy()
+            descriptors, raw_sizes = numbers[2].astype(np.int32), np.ascontiguousarray(numbers[3:].T, np.int32)
         else:
             arrays = [np.frombuffer(image, np.uint8) for image in images]
             data = (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays))
             sizes = np.array([array.size for array in arrays], np.int64)
         limit = Image.MAX_IMAGE_PIXELS
         self._handle = library.fastmim_decode_open(
-            count, paths, _address(descriptors), _address(offsets), _address(sizes), data,
+            count, paths, _address(descriptors), _address(offsets), _address(sizes), data, _address(raw_sizes),
             _NO_LIMIT if limit is None else limit, threads,
             _address(self.widths), _address(self.heights), _address(self.status),
         )  # fmt: skip
@@ -98,10 +104,14 @@ class NativeBatch:
         count, channels = len(self.status), out[0].shape[1]
         boxes = np.ascontiguousarray(boxes, np.float64)
         if boxes.shape != (len(out), count, 4) or len(filters) != len(out) or channels not in (1, 3):
-            raise ValueError(f"crop: expected boxes {(len(out), count, 4)} and 1 or 3 channels, got {boxes.shape}, {channels}.")
+            raise ValueError(
+                f"crop: expected boxes {(len(out), count, 4)} and 1 or 3 channels, got {boxes.shape}, {channels}."
+            )
         for array in out:
             if array.dtype != np.uint8 or array.shape[:2] != (count, channels) or not array.flags.c_contiguous:
-                raise ValueError(f"crop: expected contiguous uint8 ({count}, {channels}, h, w), got {array.dtype} {array.shape}.")
+                raise ValueError(
+                    f"crop: expected contiguous uint8 ({count}, {channels}, h, w), got {array.dtype} {array.shape}."
+                )
         if not count:
             return
         sizes = np.array([array.shape[2:] for array in out], np.int32)
@@ -146,7 +156,9 @@ def choose() -> tuple[NativeDecoder | None, str]:
 @functools.cache
 def load() -> tuple[NativeDecoder | None, str]:
     """The native decoder, or None and why there is none."""
-    built = [path for folder in sys.modules[__package__].__path__ for path in glob.glob(os.path.join(folder, "_decode*.so"))]
+    built = [
+        path for folder in sys.modules[__package__].__path__ for path in glob.glob(os.path.join(folder, "_decode*.so"))
+    ]
     if not built:
         return None, f"the native decoder is not built; {_BUILD_ADVICE}"
     libjpegs = _libjpegs()
@@ -172,7 +184,7 @@ def _load(path: str, libjpeg: str) -> tuple[NativeDecoder | None, str]:
     pointer, number = ctypes.c_void_p, ctypes.c_int
     library.fastmim_decode_load.argtypes = [ctypes.c_char_p, number]
     library.fastmim_decode_load.restype = ctypes.c_char_p
-    library.fastmim_decode_open.argtypes = [number, *[pointer] * 5, ctypes.c_int64, number, *[pointer] * 3]
+    library.fastmim_decode_open.argtypes = [number, *[pointer] * 6, ctypes.c_int64, number, *[pointer] * 3]
     library.fastmim_decode_open.restype = pointer
     library.fastmim_decode_crop.argtypes = [pointer, number, *[pointer] * 4, number, number, pointer]
     library.fastmim_decode_crop.restype = None

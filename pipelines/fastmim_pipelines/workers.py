@@ -23,10 +23,65 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from .cores import default_workers
+from .decode import CropReader
+
 PREFETCH = 2  # finished or running requests per worker
+_AT_ONCE = 4  # answers that threads work on at the same time, at most
 _PATIENCE_S = 10  # for a thread to end what it is at
 _SHARED_MEMORY = "/dev/shm"
 _IGNORED = [getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+
+
+def parallelism(
+    workers: int | None, threads: int | None, reader: CropReader, world: int, pin_memory: bool, answer_bytes: int
+) -> tuple[int, int]:
+    """How many processes, and how many threads in each of them or, where there is none, in this one.
+
+    Args:
+        workers, threads: as asked for, see FolderLoader.
+    """
+    cores = default_workers(world, trains_on_cpu=not pin_memory)
+    if workers is None:
+        if reader.uses_native or threads:
+            return 0, threads or cores
+        workers = int(min(cores, most_workers(answer_bytes)))
+    return workers, threads if threads is not None else min(1, workers)
+
+
+def answers_of(
+    dataset: Any,
+    requests: Iterable[Any],
+    *,
+    workers: int,
+    threads: int,
+    result_bytes: int,
+    pin_memory: bool,
+    timeout_s: float,
+) -> Answers | ThreadAnswers:
+    """The answers of `dataset[request]` in order, by what `parallelism` says.
+
+    Args:
+        dataset: has a CropReader, `reader`, and a flag `pins`, whether to give page-locked tensors.
+        requests, result_bytes, pin_memory, timeout_s: see Answers.
+    """
+    if workers or not threads:
+        dataset.reader.threads = max(1, threads)
+        return Answers(
+            dataset,
+            requests,
+            workers=workers,
+            result_bytes=result_bytes,
+            pin_memory=pin_memory,
+            timeout_s=timeout_s,
+        )
+    # Several at a time: while one is between two calls of the decoder, the others keep the cores busy.
+    at_once = min(threads, _AT_ONCE)
+    dataset.reader.threads = -(-threads // at_once)
+    dataset.pins = pin_memory
+    # A thread begins with device 0, where the first page-locked tensor would put a context.
+    prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+    return ThreadAnswers(dataset, requests, threads=at_once, timeout_s=timeout_s, prepare=prepare)
 
 
 class Answers:

@@ -13,19 +13,23 @@ X, IDS = torch.arange(12.0).view(1, 4, 3), torch.tensor([[2, 0]])
 
 @pytest.fixture
 def add_file(tmp_path, monkeypatch):
-    """Puts a file into the folder of op ``gather``, for one test."""
+    """Puts a file into the folder of op ``gather``, before the one of that name that may be there, for one test."""
     package = importlib.import_module("fastmim_kernels.gather")
-    loaded = dict(dispatch.LOADED)
+    names = [f"fastmim_kernels.gather.{name}" for name in ("native", "kernel")]
+    loaded, modules = dict(dispatch.LOADED), {name: sys.modules[name] for name in names if name in sys.modules}
 
     def add(name: str, text: str) -> None:
         (tmp_path / f"{name}.py").write_text(text)
-        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
+        monkeypatch.setattr(package, "__path__", [str(tmp_path), *package.__path__])
+        sys.modules.pop(f"fastmim_kernels.gather.{name}", None)
+        dispatch.LOADED.clear()
         importlib.invalidate_caches()
         dispatch._missing.cache_clear()
 
     yield add
-    for name in ("native", "kernel"):
-        sys.modules.pop(f"fastmim_kernels.gather.{name}", None)
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(modules)
     dispatch.LOADED.clear()
     dispatch.LOADED.update(loaded)
     dispatch._missing.cache_clear()
@@ -75,11 +79,11 @@ def test_forced_triton_on_cpu_tensors_raises_with_op_backend_reason_and_fix(monk
 
 
 def test_forced_backend_without_file_raises(monkeypatch):
-    if importlib.util.find_spec("fastmim_kernels.infonce.native"):
-        pytest.skip("infonce has a native implementation")
+    if importlib.util.find_spec("fastmim_kernels.ema.native"):
+        pytest.skip("ema has a native implementation")
     monkeypatch.setenv(dispatch.VARIABLE, "native")
-    with pytest.raises(RuntimeError, match=r"infonce: backend 'native' is forced .* has no native.py"):
-        fk.contrastive_loss(torch.ones(1, 2), torch.ones(1, 2), temperature=1.0)
+    with pytest.raises(RuntimeError, match=r"ema: backend 'native' is forced .* has no native.py"):
+        fk.ema_update([torch.ones(1)], [torch.ones(1)], 0.5)
 
 
 def test_a_new_file_is_enough_to_be_found(add_file, monkeypatch):

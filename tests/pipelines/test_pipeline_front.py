@@ -9,32 +9,63 @@ import fastmim_pipelines
 import pytest
 import torch
 from fastmim_pipelines import CropSpec, make_loader
+from fastmim_pipelines.index import open_index
+from fastmim_pipelines.pack import pack
 from fastmim_pipelines.spec import check_crops
 
 PACKAGE = Path(fastmim_pipelines.__file__).parent
 CROPS = (CropSpec((16, 16)), CropSpec((8, 12), view=1))
 
 
-def test_make_loader_finds_each_loader_by_name(demo_set):
+@pytest.fixture(scope="module")
+def data_of(demo_set, tmp_path_factory) -> dict[str, Path]:
+    """For each loader of files the same pictures."""
+    folder = tmp_path_factory.mktemp("packed")
+    index = open_index(demo_set / "train")
+    pack(index, folder / "tar", to="tar", shard_bytes=150_000, workers=0, progress=lambda line: None)
+    pack(index, folder / "x.beton", to="beton", workers=0, progress=lambda line: None)
+    return {"folder": demo_set / "train", "tar": folder / "tar", "ffcv": folder / "x.beton"}
+
+
+def test_make_loader_finds_each_loader_by_name(data_of):
+    assert set(fastmim_pipelines.LOADERS) == {*data_of, "synthetic"}
     for name in fastmim_pipelines.LOADERS:
-        loader, reason = make_loader(name, CROPS, data=demo_set / "train", batch_size=4, seed=3)
+        loader, reason = make_loader(name, CROPS, data=data_of.get(name), batch_size=4, seed=3)
         batch = next(iter(loader.epoch(0)))
-        assert reason == f"{name}: as asked for" and batch.crops[1].shape == (4, 3, 8, 12)
+        assert reason.startswith(f"{name}{':' if name == 'synthetic' else ','} as asked for")
+        assert batch.crops[1].shape == (4, 3, 8, 12)
         loader.close()
         loader.close()
 
 
-def test_make_loader_auto_says_what_it_took(demo_set):
-    loader, reason = make_loader("auto", CROPS, data=demo_set / "train", batch_size=4)
-    assert type(loader).__name__ == "FolderLoader" and reason.startswith("folder: ")
+def test_make_loader_auto_takes_what_fits_the_data_and_says_why(data_of, monkeypatch):
+    batches = []
+    for name, data in data_of.items():
+        for given in (data, str(data), open_index(data)):
+            loader, reason = make_loader("auto", CROPS, data=given, batch_size=4, workers=0)
+            assert loader.index.kind == name and reason.startswith(f"{name}: ")
+            assert reason.endswith(", when a batch is asked for")
+            batches.append([(b.ids.tolist(), [crop.numpy().tobytes() for crop in b.crops]) for b in loader.epoch(1)])
+    assert all(other == batches[0] for other in batches), "the same pixels in the same order, whatever holds them"
+    monkeypatch.setenv("FASTMIM_DECODE", "pillow")
+    loader, reason = make_loader("auto", CROPS, data=data_of["tar"], batch_size=4, workers=2)
+    assert reason == "tar: Pillow decodes: FASTMIM_DECODE=pillow, 2 worker processes"
+    loader, reason = make_loader("auto", CROPS, data=data_of["tar"], batch_size=4, threads=3, workers=1)
+    assert reason.endswith("1 worker process of 3 threads")
+    loader, reason = make_loader("auto", CROPS, data=data_of["tar"], batch_size=4, threads=1)
+    assert reason.endswith("1 thread ahead of need")
 
 
-def test_make_loader_names_choices_and_missing_data():
-    with pytest.raises(ValueError, match=r"expected one of auto, folder, synthetic, got 'dali'"):
-        make_loader("dali", CROPS, batch_size=4)
+def test_make_loader_names_choices_and_missing_data(data_of):
+    with pytest.raises(ValueError, match=r"expected one of auto, folder, tar, ffcv, synthetic, got 'fast'"):
+        make_loader("fast", CROPS, batch_size=4)
     for name in ("auto", "folder"):
         with pytest.raises(ValueError, match=f"data: expected a folder of images for the loader '{name}', got none"):
             make_loader(name, CROPS, batch_size=4)
+    with pytest.raises(ValueError, match=r"loader: expected tar for .*, got 'folder'; choose auto"):
+        make_loader("folder", CROPS, data=open_index(data_of["tar"]), batch_size=4)
+    with pytest.raises(ValueError, match="loader: expected one of auto, folder, tar, ffcv"):
+        open_index(data_of["tar"], "synthetic")
 
 
 def test_synthetic_pictures_follow_from_seed_and_id():

@@ -158,7 +158,10 @@ def test_native_cuts_several_crops_from_one_decode_in_any_number_of_threads(tmp_
             "views": [memoryview(data) for data in datas],
             "arrays": [np.frombuffer(data, np.uint8) for data in datas],
             "paths": [str(tmp_path / f"{i}.jpg") for i in range(13)],
-            "spans": [FileSpan(file.fileno(), offsets[i], len(data)) for i, data in enumerate(datas)],
+            "spans": [
+                FileSpan(str(tmp_path / "all"), offsets[i], len(data), file.fileno() if i % 2 else -1)
+                for i, data in enumerate(datas)
+            ],
         }
         for images in kinds.values():
             for threads in (1, 3, 50):
@@ -328,11 +331,45 @@ def test_native_reads_only_whole_regular_files(tmp_path):
     with DECODER.open([str(tmp_path / name) for name in names], 2) as batch:
         assert batch.status.tolist() == [DONE, UNREADABLE, UNREADABLE, UNREADABLE]
     with open(tmp_path / "good.jpg", "rb") as file:
-        spans = [(0, len(data)), (0, len(data) + 1), (-1, 5), (1 << 40, 100), (0, 0), (0, -3)]
-        with DECODER.open([FileSpan(file.fileno(), *span) for span in spans]) as batch:
-            assert batch.status.tolist() == [DONE] + [UNREADABLE] * 5
-    with DECODER.open([FileSpan(1 << 20, 0, 10)]) as batch:
+        places = [(0, len(data)), (0, len(data) + 1), (-1, 5), (1 << 40, 100), (0, 0), (0, -3)]
+        for descriptor in (file.fileno(), -1):
+            spans = [FileSpan(str(tmp_path / "good.jpg"), *place, descriptor) for place in places]
+            with DECODER.open(spans) as batch:
+                assert batch.status.tolist() == [DONE] + [UNREADABLE] * 5
+            for span in spans[1:]:
+                with pytest.raises(DataError, match=r"^named: "):
+                    read_picture(span, 3, "named")
+    with DECODER.open([FileSpan("", 0, 10, 1 << 20)]) as batch:
         assert batch.status.tolist() == [UNREADABLE]
+
+
+@needs_native
+@pytest.mark.parametrize("in_chans", [1, 3])
+def test_native_resizes_raw_pixels(tmp_path, in_chans):
+    rng = np.random.default_rng(11)
+    images = [rng.integers(0, 256, (int(h), int(w), 3), dtype=np.uint8) for h, w in rng.integers(1, 90, (10, 2))]
+    (tmp_path / "raw").write_bytes(b"".join(image.tobytes() for image in images))
+    offsets = np.cumsum([0, *(image.size for image in images)]).tolist()
+    spans = [
+        FileSpan(str(tmp_path / "raw"), offsets[i], image.size, -1, image.shape[1], image.shape[0])
+        for i, image in enumerate(images)
+    ]
+    boxes = [(1, 2, 30, 20)] * 10
+    out, status = natively(spans, boxes, (17, 21), in_chans=in_chans)
+    assert status == [DONE] * 10
+    for pixels, span, image in zip(out, spans, images):
+        assert np.array_equal(pixels, by_pillow(span, boxes[0], (17, 21), in_chans=in_chans))
+        png = io.BytesIO()
+        Image.fromarray(image).save(png, "PNG")
+        assert np.array_equal(pixels, by_pillow(png.getvalue(), boxes[0], (17, 21), in_chans=in_chans))
+    for bad in (
+        spans[-1]._replace(height=1 + spans[-1].height),
+        spans[-1]._replace(height=-5),
+        spans[-1]._replace(offset=offsets[-2] + 9),
+    ):
+        assert natively([bad], boxes[:1], (4, 4))[1] != [DONE]
+        with pytest.raises(DataError):
+            read_picture(bad, 3)
 
 
 @needs_native

@@ -19,12 +19,12 @@ def images_shape(images: Tensor, size: list[int]) -> ctypes.Array:
 
 def levels(
     images: Tensor, mean: list[float] | None, std: list[float] | None
-) -> tuple[ctypes.Array, ctypes.Array]:
-    """Shift and scale per channel, so that (level - shift) * scale is the normalized value of a pixel as stored."""
+) -> tuple[ctypes.Array, ctypes.Array] | tuple[None, None]:
+    """Shift and scale per channel for pixels as stored; both None: scale to 0..1 only."""
+    if mean is None:
+        return None, None
     top = 255.0 if images.dtype == torch.uint8 else 1.0
-    shift = [0.0] * images.shape[1] if mean is None else [m * top for m in mean]
-    scale = [1 / top] * images.shape[1] if std is None else [1 / (s * top) for s in std]
-    return native_library.floats(shift), native_library.floats(scale)
+    return native_library.floats([m * top for m in mean]), native_library.floats([1 / (s * top) for s in std])
 
 
 def contiguous(*small: Tensor | None) -> list[Tensor | None]:

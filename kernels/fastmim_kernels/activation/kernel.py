@@ -1,0 +1,124 @@
+"""GELU in Triton, with the bias in the same pass. Backward: one pass, the bias's gradient in two stages of fixed order."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import cdiv, define_triton, next_power_of_2
+from . import reference
+
+# Rows per program of the forward pass, and that one of the backward pass reads at a time.
+ROWS = 4
+# Columns per program at most.
+COLUMNS = 512
+
+
+@triton.jit
+def load_sum(x_ptr, bias_ptr, rows, columns, count, width, stride_n, stride_d):
+    """x + bias in float32, 0 outside."""
+    source = x_ptr + rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+    x = tl.load(source, mask=(rows < count)[:, None] & (columns < width)[None, :], other=0).to(tl.float32)
+    if bias_ptr is not None:
+        x += tl.load(bias_ptr + columns, mask=columns < width, other=0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def forward_kernel(x_ptr, bias_ptr, out_ptr, count, width, stride_n, stride_d, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Program = (ROWS rows, block of columns)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    y = load_sum(x_ptr, bias_ptr, rows, columns, count, width, stride_n, stride_d)
+    out = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    target = out_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=(rows < count)[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr, x_ptr, bias_ptr, x_grad_ptr, bias_sum_ptr, count, width, chunk, stride_gn, stride_gd, stride_n, stride_d,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program = (``chunk`` rows, block of columns)."""
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0) * chunk
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(first, tl.minimum(first + chunk, count), ROWS):
+        rows = start + tl.arange(0, ROWS)
+        y = load_sum(x_ptr, bias_ptr, rows, columns, count, width, stride_n, stride_d)
+        grad = load_sum(grad_ptr, None, rows, columns, count, width, stride_gn, stride_gd)
+        density = 0.3989422804014327 * tl.exp(-0.5 * y * y)
+        grad *= 0.5 * (1 + tl.erf(y * 0.7071067811865476)) + y * density
+        target = x_grad_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
+        mask = (rows < count)[:, None] & (columns < width)[None, :]
+        tl.store(target, grad.to(x_grad_ptr.dtype.element_ty), mask=mask)
+        total += grad
+    if bias_ptr is not None:
+        partial = bias_sum_ptr + tl.program_id(0).to(tl.int64) * width + columns
+        tl.store(partial, tl.sum(total, 0), mask=columns < width)
+
+
+def layout(width: int, itemsize: int) -> dict[str, int]:
+    block = min(COLUMNS, next_power_of_2(width))
+    return {"ROWS": ROWS, "BLOCK": block, "num_warps": max(1, min(4, ROWS * block * itemsize // 1024))}
+
+
+def run(x: Tensor, bias: Tensor | None) -> Tensor:
+    out = fake(x, bias)
+    if out.numel():
+        rows = x.reshape(-1, x.shape[-1])
+        config = layout(rows.shape[1], x.element_size())
+        forward_kernel[(cdiv(rows.shape[0], ROWS), cdiv(rows.shape[1], config["BLOCK"]))](
+            rows, None if bias is None else bias.contiguous(), out, *rows.shape, *rows.stride(), **config
+        )
+    return out
+
+
+def fake(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def run_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    x_grad = x.new_empty(x.shape)
+    width = x.shape[-1]
+    if not x.numel():
+        return x_grad, x.new_zeros(width if bias is not None else 0, dtype=torch.float32)
+    rows, grad = x.reshape(-1, width), grad.reshape(-1, width)
+    # About 16 chunks per multiprocessor and block of columns: enough work for all, and few partial sums.
+    chunk = cdiv(cdiv(rows.shape[0], 256), ROWS) * ROWS
+    chunks = cdiv(rows.shape[0], chunk)
+    bias_sum = x.new_empty((chunks, width if bias is not None else 0), dtype=torch.float32)
+    config = layout(width, x.element_size())
+    backward_kernel[(chunks, cdiv(width, config["BLOCK"]))](
+        grad, rows, None if bias is None else bias.contiguous(), x_grad, bias_sum, *rows.shape, chunk,
+        *grad.stride(), *rows.stride(), **config,
+    )  # fmt: skip
+    return x_grad, bias_sum.sum(0)
+
+
+def fake_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if bias is not None else 0, dtype=torch.float32)
+
+
+def save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, bias = ctx.saved_tensors
+    x_grad, bias_grad = BACKWARD(grad, x, bias)
+    return x_grad, None if bias is None else bias_grad.to(bias.dtype)
+
+
+BACKWARD = define_triton(
+    "triton_bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor, Tensor)", run_backward, fake_backward
+)
+FORWARD = define_triton("triton_bias_gelu(Tensor x, Tensor? bias) -> Tensor", run, fake, save, backward)
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """See the public function. float64 is left to the reference: these kernels compute in float32."""
+    if torch.float64 in (x.dtype, None if bias is None else bias.dtype):
+        return reference.bias_gelu(x, bias)
+    return FORWARD(x, bias)

@@ -1,0 +1,256 @@
+"""Residual addition and LayerNorm in Triton: forward and backward read each input once.
+
+Sums over rows (gradients of weight, bias and scale) are made in two stages of fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..launch import cdiv, define_triton, next_power_of_2
+from . import reference
+
+# Values that a program reads at once in the forward and in the backward pass, and the widest row that fits.
+FORWARD_VALUES, BACKWARD_VALUES, MAX_WIDTH = 4096, 2048, 16384
+# Programs of the backward pass, each with its own sums, at 1024 columns: 4 per multiprocessor of an H100.
+PROGRAMS = 528
+
+
+@triton.jit
+def load(ptr, rows, columns, count, width, stride_n, stride_d):
+    """Tile of a (count, width) matrix in float32, 0 outside."""
+    source = ptr + rows.to(tl.int64)[:, None] * stride_n + columns.to(tl.int64)[None, :] * stride_d
+    return tl.load(source, mask=(rows < count)[:, None] & (columns < width)[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def store(ptr, value, rows, columns, count, width):
+    """Tile of a contiguous (count, width) matrix."""
+    target = ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
+    tl.store(target, value.to(ptr.dtype.element_ty), mask=(rows < count)[:, None] & (columns < width)[None, :])
+
+
+@triton.jit
+def load_vector(ptr, columns, width):
+    """A parameter as one row."""
+    return tl.load(ptr + columns, mask=columns < width, other=0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, row_scale_ptr, out_ptr, h_ptr, mean_ptr, rstd_ptr,
+    count, width, rows_per_image, eps, stride_xn, stride_xd, stride_rn, stride_rd,
+    STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program = ROWS rows."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    h = load(x_ptr, rows, columns, count, width, stride_xn, stride_xd)
+    if scale_ptr is not None:
+        h *= load_vector(scale_ptr, columns, width)
+    if row_scale_ptr is not None:
+        h *= tl.load(row_scale_ptr + rows // rows_per_image, mask=rows < count, other=0).to(tl.float32)[:, None]
+    if residual_ptr is not None:
+        h += load(residual_ptr, rows, columns, count, width, stride_rn, stride_rd)
+    stream = h.to(STREAM)
+    if h_ptr is not None:
+        store(h_ptr, stream, rows, columns, count, width)
+    h = stream.to(tl.float32)
+    mean = tl.sum(h, 1) / width
+    centered = tl.where((columns < width)[None, :], h - mean[:, None], 0.0)
+    rstd = 1 / tl.sqrt_rn(tl.sum(centered * centered, 1) / width + eps)
+    out = centered * rstd[:, None] * load_vector(weight_ptr, columns, width)
+    if bias_ptr is not None:
+        out += load_vector(bias_ptr, columns, width)
+    store(out_ptr, out, rows, columns, count, width)
+    tl.store(mean_ptr + rows, mean, mask=rows < count)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < count)
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr, grad_h_ptr, h_ptr, mean_ptr, rstd_ptr, x_ptr, weight_ptr, scale_ptr, row_scale_ptr,
+    x_grad_ptr, residual_grad_ptr, sums_ptr, count, width, rows_per_image, chunk,
+    stride_gn, stride_gd, stride_ghn, stride_ghd, stride_hn, stride_hd, stride_xn, stride_xd,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Program = ``chunk`` rows, ROWS at a time; sums: gradients of weight, bias and scale."""
+    columns = tl.arange(0, BLOCK)
+    weight = load_vector(weight_ptr, columns, width)
+    weight_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    bias_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    scale_sum = tl.zeros([ROWS, BLOCK], tl.float32)
+    if scale_ptr is not None:
+        scale = load_vector(scale_ptr, columns, width)
+    first = tl.program_id(0) * chunk
+    for start in range(first, tl.minimum(first + chunk, count), ROWS):
+        rows = start + tl.arange(0, ROWS)
+        grad = load(grad_ptr, rows, columns, count, width, stride_gn, stride_gd)
+        h = load(h_ptr, rows, columns, count, width, stride_hn, stride_hd)
+        mean = tl.load(mean_ptr + rows, mask=rows < count, other=0)[:, None]
+        rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0)[:, None]
+        normal = tl.where((columns < width)[None, :], (h - mean) * rstd, 0.0)
+        weight_sum += grad * normal
+        bias_sum += grad
+        grad *= weight
+        along = tl.sum(grad * normal, 1)[:, None] / width
+        grad = (grad - normal * along - tl.sum(grad, 1)[:, None] / width) * rstd
+        if grad_h_ptr is not None:
+            grad += load(grad_h_ptr, rows, columns, count, width, stride_ghn, stride_ghd)
+        if residual_grad_ptr is not None:
+            store(residual_grad_ptr, grad, rows, columns, count, width)
+        if row_scale_ptr is not None:
+            grad *= tl.load(row_scale_ptr + rows // rows_per_image, mask=rows < count, other=0).to(tl.float32)[:, None]
+        if scale_ptr is not None:
+            scale_sum += grad * load(x_ptr, rows, columns, count, width, stride_xn, stride_xd)
+            grad *= scale
+        if x_grad_ptr is not None:
+            store(x_grad_ptr, grad, rows, columns, count, width)
+    sums_ptr += tl.program_id(0).to(tl.int64) * 3 * width + columns
+    tl.store(sums_ptr, tl.sum(weight_sum, 0), mask=columns < width)
+    tl.store(sums_ptr + width, tl.sum(bias_sum, 0), mask=columns < width)
+    if scale_ptr is not None:
+        tl.store(sums_ptr + 2 * width, tl.sum(scale_sum, 0), mask=columns < width)
+
+
+def matrix(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
+    """A tensor (..., D) as rows, without a copy where its strides allow, and its strides."""
+    if tensor is None:
+        return None, 0, 0
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows, *rows.stride()
+
+
+def vectors(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def layout(width: int, full: int) -> dict[str, int]:
+    """``full`` values per 4 warps; fewer warps, not more than 8 rows, where rows are narrow."""
+    block = next_power_of_2(width)
+    # Rows that are not a multiple of 16 bytes are read value by value, which takes more registers.
+    values = min(full, 8 * block) if width % 8 == 0 else full // 4
+    rows = max(1, values // block)
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, 4 * rows * block // full)}
+
+
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+def run(x, residual, weight, bias, scale, row_scale, eps: float, is_kept: bool) -> tuple[Tensor, ...]:
+    out, h, mean, rstd = fake(x, residual, weight, bias, scale, row_scale, eps, is_kept)
+    if out.numel():
+        config = layout(x.shape[-1], FORWARD_VALUES)
+        rows, *strides = matrix(x)
+        stream, *stream_strides = matrix(residual)
+        forward_kernel[(cdiv(rows.shape[0], config["ROWS"]),)](
+            rows, stream, *vectors(weight, bias, scale, row_scale), out, h if h.numel() else None, mean, rstd,
+            *rows.shape, rows.shape[0] // x.shape[0], eps, *strides, *stream_strides,
+            STREAM=DTYPES[h.dtype], **config,
+        )  # fmt: skip
+    return out, h, mean, rstd
+
+
+def fake(x, residual, weight, bias, scale, row_scale, eps: float, is_kept: bool) -> tuple[Tensor, ...]:
+    stream = x.dtype if residual is None else residual.dtype
+    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
+    return x.new_empty(x.shape), x.new_empty(x.shape if is_kept else (0,), dtype=stream), mean, rstd
+
+
+def run_backward(
+    grad, grad_h, h, mean, rstd, x, weight, scale, row_scale, dtypes: list[torch.dtype], wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    x_grad, residual_grad, _ = fake_backward(grad, grad_h, h, mean, rstd, x, weight, scale, row_scale, dtypes, wanted)
+    width = h.shape[-1]
+    count = h.numel() // width
+    config = layout(width, BACKWARD_VALUES)
+    chunk = max(1, cdiv(cdiv(count, PROGRAMS), config["ROWS"])) * config["ROWS"]
+    sums = h.new_empty((cdiv(count, chunk), 3, width), dtype=torch.float32)
+    if count:
+        (grad, *a), (grad_h, *b), (rows, *c), (x, *d) = (matrix(t) for t in (grad, grad_h, h, x))
+        backward_kernel[(len(sums),)](
+            grad, grad_h, rows, mean, rstd, x, *vectors(weight, scale, row_scale),
+            x_grad if wanted[0] else None, residual_grad if wanted[1] else None, sums,
+            count, width, count // h.shape[0], chunk, *a, *b, *c, *d, **config,
+        )  # fmt: skip
+    return x_grad, residual_grad, sums.sum(0)
+
+
+def fake_backward(grad, grad_h, h, mean, rstd, x, weight, scale, row_scale, dtypes, wanted) -> tuple[Tensor, ...]:
+    grads = [h.new_empty(h.shape if w else (0,), dtype=d) for d, w in zip(dtypes, wanted, strict=True)]
+    return *grads, h.new_empty((3, h.shape[-1]), dtype=torch.float32)
+
+
+def save(ctx, inputs, output) -> None:
+    x, residual, weight, bias, scale, row_scale, _, _ = inputs
+    _, h, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    # x itself is the stream where nothing is done to it.
+    ctx.is_plain = residual is None and scale is None and row_scale is None
+    ctx.save_for_backward(x if ctx.is_plain else h, mean, rstd, None if scale is None else x, weight, scale, row_scale)
+    ctx.dtypes = [x.dtype, h.dtype]
+    ctx.parameters = [None if p is None else p.dtype for p in (weight, bias, scale)]
+
+
+def backward(ctx, grad, grad_h, *_):
+    h, mean, rstd, x, weight, scale, row_scale = ctx.saved_tensors
+    if grad is None:
+        grad = torch.zeros_like(h, dtype=ctx.dtypes[0])
+    wanted = list(ctx.needs_input_grad[:2])
+    # An unscaled branch of the stream's dtype has the stream's gradient: written once, given to both.
+    is_shared = all(wanted) and scale is None and row_scale is None and ctx.dtypes[0] == ctx.dtypes[1]
+    wanted[0] &= not is_shared
+    x_grad, residual_grad, sums = BACKWARD(
+        grad, None if ctx.is_plain else grad_h, h, mean, rstd, x, weight, scale, row_scale, ctx.dtypes, wanted
+    )
+    parameters = [
+        total.to(dtype) if dtype is not None and need else None
+        for total, dtype, need in zip(sums.unbind(), ctx.parameters, ctx.needs_input_grad[2:5], strict=True)
+    ]
+    residual_grad = residual_grad if wanted[1] else None
+    x_grad = residual_grad if is_shared else x_grad if wanted[0] else None
+    return x_grad, residual_grad, *parameters, None, None, None
+
+
+BACKWARD = define_triton(
+    "triton_add_layer_norm_backward(Tensor grad, Tensor? grad_h, Tensor h, Tensor mean, Tensor rstd, Tensor? x, "
+    "Tensor weight, Tensor? scale, Tensor? row_scale, ScalarType[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    run_backward,
+    fake_backward,
+)
+FORWARD = define_triton(
+    "triton_add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? scale, Tensor? row_scale, "
+    "float eps, bool is_kept) -> (Tensor, Tensor, Tensor, Tensor)",
+    run,
+    fake,
+    save,
+    backward,
+)
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See the public function. float64 and rows wider than 16,384 are left to the reference."""
+    tensors = [t for t in (x, residual, weight, bias, scale, row_scale) if t is not None]
+    if any(t.dtype not in DTYPES for t in tensors) or x.shape[-1] > MAX_WIDTH:
+        return reference.add_layer_norm(
+            x, residual, weight, bias, scale=scale, row_scale=row_scale, eps=eps, prenorm=prenorm
+        )
+    is_plain = residual is None and scale is None and row_scale is None
+    # The stream is written only if somebody reads it: the caller or the backward pass.
+    is_read = prenorm or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    out, h, _, _ = FORWARD(x, residual, weight, bias, scale, row_scale, eps, is_read and not is_plain)
+    if not prenorm:
+        return out
+    return out, x if is_plain else h

@@ -1,0 +1,33 @@
+"""Residual addition and LayerNorm by torch's own ops."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    eps: float = 1e-6,
+    prenorm: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See the public function."""
+    stream = x.dtype if residual is None else residual.dtype
+    work = torch.promote_types(torch.promote_types(x.dtype, stream), torch.float32)
+    with torch.autocast(x.device.type, enabled=False):
+        h = x.to(work)
+        if scale is not None:
+            h = h * scale.to(work)
+        if row_scale is not None:
+            h = h * row_scale.to(work).view(-1, *[1] * (x.ndim - 1))
+        if residual is not None:
+            h = residual.to(work) + h
+        h = h.to(stream)
+        parameters = (weight.to(work), None if bias is None else bias.to(work))
+        y = F.layer_norm(h.to(work), (x.shape[-1],), *parameters, eps).to(x.dtype)
+    return (y, h) if prenorm else y

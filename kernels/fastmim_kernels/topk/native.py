@@ -1,0 +1,134 @@
+"""Top-K attention a few heads at a time: products by torch, selection and softmax in C++ on scores that stay in cache.
+
+Scores are float32 products; weights and their gradients are multiplied in the dtype of q, as the reference does it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import native_library
+from ..registration import define, no_second_derivative
+from . import reference
+
+_softmax = native_library.function("topk_softmax")
+_softmax_backward = native_library.function("topk_softmax_backward")
+
+# Scores at a time: 2 MB, a core's level 2 cache.
+BLOCK = 1 << 19
+
+
+def _blocks(batch: int, heads: int, length: int) -> Iterator[tuple[slice, slice]]:
+    """Ranges of images and of heads: several whole images, or part of one."""
+    at_once = max(1, BLOCK // length**2)
+    images, heads_at_once = max(1, at_once // heads), min(heads, at_once)
+    for b in range(0, batch, images):
+        for h in range(0, heads, heads_at_once):
+            yield slice(b, min(b + images, batch)), slice(h, min(h + heads_at_once, heads))
+
+
+def _rows(x: Tensor, block: tuple[slice, slice]) -> Tensor:
+    """One block of (B, H, N, d) as (heads, N, d), which torch multiplies without a further copy."""
+    rows = x[block].flatten(0, 1)
+    return rows if x.dtype == torch.float32 and x.stride(3) == 1 else rows.contiguous()
+
+
+def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the scores of one block."""
+    batch, heads, length, _ = like.shape
+    most = max(((b.stop - b.start) * (h.stop - h.start) for b, h in _blocks(batch, heads, length)), default=0)
+    return like.new_empty((most, length, length), dtype=dtype)
+
+
+def _fake(q, k, v, topk, num_prefix, scale, labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, heads, length, _ = q.shape
+    tops, least = (q.new_empty((batch, heads, length), dtype=torch.float32) for _ in range(2))
+    counted = (batch, heads, length - num_prefix) if labels is not None else (0,)
+    return q.new_empty(q.shape), tops, least, q.new_empty(counted, dtype=torch.int64)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, topk: int, num_prefix: int, scale: float, labels: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    outs = out, tops, least, counts = _fake(q, k, v, topk, num_prefix, scale, labels)
+    kind, threads = native_library.DTYPES[q.dtype], torch.get_num_threads()
+    all_scores, all_weights = _scratch(q, torch.float32), _scratch(q, q.dtype)
+    with torch.autocast("cpu", enabled=False):
+        for block in _blocks(*q.shape[:3]):
+            queries, keys = _rows(q, block).float(), _rows(k, block).float()
+            scores, weights = all_scores[: len(queries)], all_weights[: len(queries)]
+            torch.bmm(queries, keys.transpose(1, 2), out=scores)
+            _softmax(
+                scores, len(scores), q.shape[2], num_prefix, topk, scale, weights, kind, tops[block].flatten(0, 1),
+                least[block].flatten(0, 1), None if labels is None else labels[block[0]].contiguous(),
+                block[1].stop - block[1].start, None if labels is None else counts[block].flatten(0, 1), threads,
+            )  # fmt: skip
+            torch.bmm(weights, _rows(v, block), out=out[block].flatten(0, 1))
+    return outs
+
+
+def _backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor, least: Tensor, num_prefix: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    outs = tuple(t.new_empty(t.shape) for t in (q, k, v))
+    kind, threads = native_library.DTYPES[q.dtype], torch.get_num_threads()
+    all_scores, all_weights, all_slopes = (_scratch(q, d) for d in (torch.float32, q.dtype, q.dtype))
+    with torch.autocast("cpu", enabled=False):
+        for block in _blocks(*q.shape[:3]):
+            g, queries, keys, values = (_rows(t, block) for t in (grad, q, k, v))
+            scores, weights, slopes = (t[: len(g)] for t in (all_scores, all_weights, all_slopes))
+            torch.bmm(queries.float(), keys.float().transpose(1, 2), out=scores)
+            torch.bmm(g, values.transpose(1, 2), out=slopes)
+            _softmax_backward(
+                scores, len(scores), q.shape[2], num_prefix, scale, tops[block].flatten(0, 1),
+                least[block].flatten(0, 1), slopes, kind, weights, slopes, threads,
+            )  # fmt: skip
+            for_q, for_k, for_v = (t[block].flatten(0, 1) for t in outs)
+            torch.bmm(slopes, keys, out=for_q)
+            torch.bmm(slopes.transpose(1, 2), queries, out=for_k)
+            torch.bmm(weights.transpose(1, 2), g, out=for_v)
+    return outs
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, _, ctx.num_prefix, ctx.scale, _ = inputs
+    out, tops, least, counts = output
+    ctx.mark_non_differentiable(tops, least, counts)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, tops, least)
+
+
+_gradient = define(
+    "native_topk_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor tops, Tensor least,"
+    " SymInt num_prefix, float scale) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    lambda grad, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)),
+    backward=no_second_derivative("topk_attention"),
+)
+_op = define(
+    "native_topk_attention(Tensor q, Tensor k, Tensor v, SymInt topk, SymInt num_prefix, float scale, Tensor? labels)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake,
+    backward=lambda ctx, grad, *_: (*_gradient(grad, *ctx.saved_tensors, ctx.num_prefix, ctx.scale), *[None] * 4),
+    save=_save,
+)
+
+
+def topk_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    topk: int,
+    *,
+    num_prefix: int = 1,
+    scale: float | None = None,
+    labels: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """See the public function. float64 is left to the reference."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    if q.dtype not in native_library.FLOATS:
+        return reference.topk_attention(q, k, v, topk, num_prefix=num_prefix, scale=scale, labels=labels)
+    out, _, _, counts = _op(q, k, v, topk, num_prefix, scale, labels)
+    return out if labels is None else (out, counts)

@@ -1,0 +1,120 @@
+"""Triton kernels compiled for GPUs that are absent: no spills, wide accesses, tensor cores, and no growth.
+
+bench/results/aot.json is what aot_compile.py found. An op whose sources are still those of the table is not compiled
+again, except one; FASTMIM_AOT=all compiles all of them.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+import fastmim_kernels
+import pytest
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+HERE = pathlib.Path(__file__).parent
+TABLE = json.loads((HERE.parents[1] / "bench" / "results" / "aot.json").read_text())
+TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MISSING = [tool for tool in ("ptxas", "cuobjdump", "nvdisasm") if not (TOOLS / tool).exists()]
+OPS = sorted(path.parent.name for path in pathlib.Path(fastmim_kernels.__file__).parent.glob("*/kernel.py"))
+ARCHS = ("sm_80", "sm_90")
+# Compiled in every run, to see that the table can be reproduced.
+ALWAYS = "gather"
+# Bytes of stack that are allowed: on sm_100 ptxas gives away a few registers for more warps.
+STACK = {"sm_80": 0, "sm_90": 0, "sm_100": 32}
+SHARED = {"sm_80": 164 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
+# Kernels that move rows and have to do so 16 bytes at a time, on sizes that allow it (widths divisible by 8).
+WIDE = {"gather", "restore", "mixing", "layer_norm", "activation", "ema"}
+SINGLE_VALUES = {"partition_kernel", "mix_kernel"}
+TENSOR_CORES = {"infonce", "patch_contrast", "topk"}
+
+
+@functools.cache
+def compiled(op: str) -> list[dict]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = pathlib.Path(folder) / "aot.json"
+        done = subprocess.run(
+            [sys.executable, HERE / "aot_compile.py", "--archs", ",".join(ARCHS), "--ops", op, "--json", file],
+            env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": folder},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(file.read_text())["rows"]
+
+
+@functools.cache
+def current_hash(op: str) -> str:
+    command = f"import aot_compile; print(aot_compile.sources_hash({op!r}))"
+    return subprocess.run(
+        [sys.executable, "-c", command], cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+
+
+def rows_of(op: str) -> list[dict]:
+    """Fresh where the table may not hold any more, else from the table."""
+    is_current = TABLE["sources"].get(op) == current_hash(op)
+    if os.environ.get("FASTMIM_AOT") != "all" and is_current and op != ALWAYS:
+        return [row for row in TABLE["rows"] if row["op"] == op]
+    if MISSING:
+        pytest.skip(f"triton {triton.__version__} comes without {', '.join(MISSING)}")
+    return compiled(op)
+
+
+def name(row: dict) -> str:
+    return f"{row['op']}/{row['kernel']} ({row['case']}) on {row['arch']}"
+
+
+def key(row: dict) -> tuple:
+    return row["op"], row["case"], row["kernel"], row["arch"]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_compile_without_spills_or_atomics(op):
+    rows = rows_of(op)
+    assert {row["arch"] for row in rows} >= set(ARCHS)
+    for row in rows:
+        assert not row.get("error"), f"{row['op']} ({row['case']}) on {row['arch']}: {row['error']}"
+        assert row["stack"] <= STACK[row["arch"]], f"{name(row)} spills {row['stack']} bytes"
+        assert row["shared"] <= SHARED[row["arch"]], f"{name(row)} needs {row['shared']} bytes of shared memory"
+        assert row["atomic"] == 0, f"{name(row)} has atomics: results would not repeat"
+
+
+@pytest.mark.parametrize("op", sorted(WIDE))
+def test_kernels_that_move_rows_access_16_bytes_at_a_time(op):
+    for row in rows_of(op):
+        width = re.search(r"_D(\d+)|x(\d+)_", row["case"])
+        is_even = width is None or int(width[1] or width[2]) % 8 == 0
+        if row["kernel"] not in SINGLE_VALUES and is_even:
+            assert row["load_128"] and row["store_128"], f"{name(row)} has no 16-byte access"
+
+
+@pytest.mark.parametrize("op", sorted(TENSOR_CORES))
+def test_matrix_products_run_on_tensor_cores(op):
+    for row in rows_of(op):
+        if row["kernel"] != "norm_kernel":
+            assert row["tensor_core"], f"{name(row)} does not use tensor cores"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_have_not_grown(op):
+    if TABLE["triton"] != triton.__version__:
+        pytest.skip(f"the table was made with triton {TABLE['triton']}, this is {triton.__version__}")
+    before = {}
+    for row in TABLE["rows"]:
+        before.setdefault(key(row), []).append(row)
+    for row in rows_of(op):
+        old = before.get(key(row))
+        if old:
+            for what, slack in (("registers", 8), ("instructions", 32)):
+                limit = 1.1 * max(r[what] for r in old) + slack
+                assert row[what] <= limit, (
+                    f"{name(row)}: {what} grew to {row[what]}; if that is wanted: "
+                    "python tests/kernels/aot_compile.py --archs sm_80,sm_90,sm_100 --json bench/results/aot.json"
+                )

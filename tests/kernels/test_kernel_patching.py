@@ -1,0 +1,373 @@
+"""Drop-in modules, and replacements in models of other libraries: same results and gradients, and no trace after."""
+
+import copy
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fastmim_kernels import nn as fnn
+from fastmim_kernels import patch
+from torch import Tensor, nn
+
+
+class Scale(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.linspace(0.1, 1, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class DropPath(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * x.new_empty((x.shape[0], 1, 1)).bernoulli_(0.5).div_(0.5)
+
+
+class Mlp(nn.Module):
+    """The parts of timm's."""
+
+    def __init__(self, width: int, activation: nn.Module):
+        super().__init__()
+        self.fc1, self.act, self.drop1 = nn.Linear(width, 3 * width), activation, nn.Dropout(0.1)
+        self.norm, self.fc2, self.drop2 = nn.Identity(), nn.Linear(3 * width, width), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+class Block(nn.Module):
+    """The parts of timm's."""
+
+    def __init__(self, width: int, activation: nn.Module):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn, self.mlp = fnn.Attention(width, 2), Mlp(width, activation)
+        self.ls1, self.drop_path1 = Scale(width), DropPath()
+        self.ls2, self.drop_path2 = Scale(width), DropPath()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+
+
+class ViT(nn.Module):
+    def __init__(self, activation: nn.Module | None = None, width: int = 12):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, kernel_size=4, stride=4)
+        self.blocks = nn.Sequential(*(Block(width, activation or nn.GELU()) for _ in range(2)))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.blocks(self.proj(x).flatten(2).transpose(1, 2)))
+
+
+class MaskedAutoencoder(nn.Module):
+    """The loss of facebookresearch/mae, method and attributes."""
+
+    norm_pix_loss = True
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = nn.Module()
+        self.patch_embed.patch_size = (4, 4)
+
+    def forward_loss(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
+        target = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
+        return ((((pred - target) ** 2).mean(-1)) * mask).sum() / mask.sum()
+
+
+def images(batch: int = 2, side: int = 12) -> Tensor:
+    return torch.randn((batch, 3, side, side), generator=torch.Generator().manual_seed(1))
+
+
+def result_and_gradients(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
+    torch.manual_seed(5)
+    out = model(*inputs)
+    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad((out * weights).sum(), parameters, allow_unused=True)
+    return [out.detach(), torch.rand(1), *(g for g in gradients if g is not None)]
+
+
+def assert_parity(model: nn.Module, *inputs: Tensor, parts: set[str]) -> patch.Report:
+    """Same results and gradients while replaced, same bits afterwards."""
+    before = result_and_gradients(model, *inputs)
+    keys, attributes = list(model.state_dict()), [set(m.__dict__) for m in model.modules()]
+    with patch.apply(model) as report:
+        assert {entry.part for entry in report.replaced} == parts, str(report)
+        assert list(model.state_dict()) == keys
+        for a, b in zip(result_and_gradients(model, *inputs), before, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
+    assert [set(m.__dict__) for m in model.modules()] == attributes
+    assert all(torch.equal(a, b) for a, b in zip(result_and_gradients(model, *inputs), before, strict=True))
+    return report
+
+
+PARTS = {"layer_norm", "mlp", "patch_embed", "block"}
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_vit_has_the_same_results_gradients_and_draws(training):
+    torch.manual_seed(0)
+    report = assert_parity(ViT().train(training), images(), parts=PARTS)
+    assert not report.skipped
+    assert len(report.replaced) == 1 + 2 * (1 + 1 + 2) + 1
+    assert "block          2 replaced (blocks.0 ...)" in str(report)
+
+
+def test_dry_run_only_reports():
+    model = ViT()
+    report = patch.apply(model, dry_run=True)
+    assert {entry.part for entry in report.replaced} == PARTS
+    assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_parts_can_be_switched_off():
+    report = patch.apply(ViT(), mlp=False, block=False, patch_embed=False)
+    assert {entry.part for entry in report.entries} == {"layer_norm"}
+
+
+def test_applying_twice_reports_and_removing_twice_does_nothing():
+    model = ViT()
+    first = patch.apply(model)
+    assert {entry.reason for entry in patch.apply(model).entries} == {"is replaced already"}
+    assert patch.remove(model) == len(first.replaced)
+    assert patch.remove(model) == 0
+
+
+def test_exceptions_in_the_context_remove_the_replacements():
+    model = ViT()
+    with pytest.raises(KeyError), patch.apply(model):
+        raise KeyError
+    assert patch.remove(model) == 0
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU(approximate="tanh")])
+def test_other_activations_are_left_alone(activation):
+    torch.manual_seed(0)
+    report = assert_parity(ViT(activation).eval(), images(), parts=PARTS - {"mlp"})
+    assert [entry.part for entry in report.skipped] == ["mlp"] * 2
+    assert "computes something else" in report.skipped[0].reason
+
+
+def test_modules_of_unknown_kinds_are_left_alone_with_the_reason():
+    class Own(nn.LayerNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    model = nn.ModuleDict(
+        {
+            "own": Own(4),
+            "plain": nn.LayerNorm(4, elementwise_affine=False),
+            "two": nn.LayerNorm((3, 4)),
+            "oblong": nn.Conv2d(3, 4, kernel_size=(2, 4), stride=(2, 4)),
+            "overlap": nn.Conv2d(3, 4, kernel_size=3, stride=2),
+        }
+    )
+    reasons = {entry.path: entry.reason for entry in patch.apply(model).entries}
+    assert reasons == {
+        "own": "Own has a forward of its own",
+        "plain": "it has no weight",
+        "two": "it normalizes over several dimensions",
+        "oblong": "its patches are not square, or it pads, dilates or groups",
+    }
+
+
+def test_hooks_that_would_be_bypassed_prevent_the_replacement():
+    model = ViT().eval()
+    seen = []
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda *args: seen.append("fc1"))
+    model.blocks[1].norm2.register_forward_hook(lambda *args: seen.append("norm2"))
+    report = patch.apply(model)
+    assert {(entry.path, entry.part) for entry in report.skipped} == {("blocks.0.mlp", "mlp"), ("blocks.1", "block")}
+    seen.clear()
+    model(images())
+    assert seen == ["fc1", "norm2"]
+
+
+def test_method_replaced_by_somebody_else_is_kept():
+    model = ViT()
+    theirs = model.norm.forward = lambda x: x * 2
+    report = patch.apply(model)
+    assert [entry.reason for entry in report.skipped] == ["its forward was replaced by somebody else"]
+    patch.remove(model)
+    assert model.norm.forward is theirs
+
+
+def test_meta_models_are_left_alone():
+    with torch.device("meta"):
+        model = ViT()
+    assert all("elsewhere" in entry.reason for entry in patch.apply(model).entries)
+
+
+def test_copies_of_a_patched_model_are_patched_and_independent():
+    model = ViT().eval()
+    plain = model(images())
+    patch.apply(model)
+    other = copy.deepcopy(model)
+    assert patch.remove(model)
+    with torch.no_grad():
+        other.norm.bias.add_(1)
+    assert torch.equal(model(images()), plain)
+    assert torch.allclose(other(images()), plain + 1, atol=1e-5)
+    assert patch.remove(other)
+
+
+def test_sizes_that_the_patches_do_not_divide_run_as_before():
+    conv = nn.Conv2d(3, 5, kernel_size=4, stride=4)
+    x = images(side=14)
+    before = conv(x)
+    with patch.apply(conv):
+        assert torch.equal(conv(x), before)
+
+
+def test_patched_model_compiles_to_one_graph():
+    torch._dynamo.reset()
+    model = ViT().eval()
+    before = model(images())
+    with patch.apply(model):
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert torch.allclose(compiled(images()), before, atol=1e-5)
+
+
+def test_bfloat16_model_stays_close():
+    model = ViT().eval().bfloat16()
+    before = model(images().bfloat16())
+    with patch.apply(model) as report:
+        assert {entry.part for entry in report.replaced} == PARTS
+        assert torch.allclose(model(images().bfloat16()), before, atol=0.1)
+
+
+def test_loss_of_a_masked_autoencoder():
+    model = MaskedAutoencoder()
+    g = torch.Generator().manual_seed(3)
+    x, pred = images(), torch.randn((2, 9, 48), generator=g, requires_grad=True)
+    mask = torch.tensor([[1.0, 0, 1, 1, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 0, 1, 1, 0]])
+    before = model.forward_loss(x, pred, mask)
+    gradient = torch.autograd.grad(before, pred)[0]
+    with patch.apply(model) as report:
+        assert [entry.part for entry in report.replaced] == ["loss"]
+        loss = model.forward_loss(x, pred, mask)
+        assert torch.allclose(loss, before, atol=1e-6)
+        assert torch.allclose(torch.autograd.grad(loss, pred)[0], gradient, atol=1e-7)
+        # Unequal numbers of masked patches have no common shape: never a wrong number.
+        mask[0, 0] = 0
+        assert model.forward_loss(x, pred, mask).isnan()
+
+
+def test_transformer_encoder_of_torch():
+    torch.manual_seed(0)
+    for norm_first in (False, True):
+        layer = nn.TransformerEncoderLayer(
+            8, 2, 16, dropout=0.1, activation="gelu", batch_first=True, norm_first=norm_first
+        )
+        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        assert_parity(model.train(), torch.randn(2, 5, 8), parts={"layer_norm", "mlp"})
+
+
+def peer(name: str):
+    """A library that is not needed, skipped with the reason where it is absent or broken."""
+    try:
+        return importlib.import_module(name)
+    except Exception as e:
+        pytest.skip(f"{name} does not import: {e}")
+
+
+def test_timm_vision_transformer():
+    timm = peer("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, init_values=0.1, drop_path_rate=0.3)
+    assert_parity(model.train(), images(side=32), parts=PARTS)
+
+
+def test_transformers_vit_and_vitmae_and_dinov2():
+    library = peer("transformers")
+    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=12)
+    torch.manual_seed(0)
+
+    class Wrapped(nn.Module):
+        def __init__(self, model: nn.Module, output: str):
+            super().__init__()
+            self.model, self.output = model, output
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model(x)[self.output]
+
+    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
+    mae = library.ViTMAEForPreTraining(library.ViTMAEConfig(**sizes, **decoder, patch_size=4, norm_pix_loss=True))
+    report = assert_parity(Wrapped(mae, "loss"), images(), parts=PARTS)
+    assert [entry.part for entry in report.skipped] in ([], ["loss"])
+    for config, model in ((library.ViTConfig, library.ViTModel), (library.Dinov2Config, library.Dinov2Model)):
+        assert_parity(Wrapped(model(config(**sizes, patch_size=4)), "last_hidden_state"), images(), parts=PARTS)
+
+
+def test_torchvision_vision_transformer():
+    peer("torchvision")
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    model = VisionTransformer(image_size=12, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16)
+    nn.init.normal_(model.heads.head.weight)
+    assert_parity(model.train(), images(), parts=PARTS)
+
+
+def test_layer_norm_and_add_layer_norm_modules():
+    torch.manual_seed(0)
+    theirs, ours, both = nn.LayerNorm(10), fnn.LayerNorm(10), fnn.AddLayerNorm(10)
+    nn.init.normal_(theirs.weight)
+    for module in (ours, both):
+        module.load_state_dict(theirs.state_dict())
+    x, stream = torch.randn(2, 3, 10), torch.randn(2, 3, 10)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    assert torch.allclose(fnn.LayerNorm((3, 10))(x), nn.LayerNorm((3, 10))(x))
+    y, h = both(x, stream)
+    assert torch.equal(h, x + stream) and torch.allclose(y, theirs(x + stream), atol=1e-6)
+
+
+def test_mlp_module():
+    torch.manual_seed(0)
+    ours, theirs = fnn.Mlp(6, 14, 5), nn.Sequential(nn.Linear(6, 14), nn.GELU(), nn.Linear(14, 5))
+    renamed = {"fc1": theirs[0], "fc2": theirs[2]}
+    ours.load_state_dict({f"{n}.{k}": v for n, m in renamed.items() for k, v in m.state_dict().items()})
+    x = torch.randn(3, 6)
+    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
+    assert set(dict(fnn.Mlp(4, norm_layer=nn.LayerNorm).named_parameters())) > {"norm.weight", "norm.bias"}
+
+
+def test_attention_module():
+    torch.manual_seed(0)
+    module = fnn.Attention(12, 3, qkv_bias=True, qk_norm=True)
+    assert {"qkv.weight", "qkv.bias", "q_norm.weight", "proj.weight"} <= set(module.state_dict())
+    plain, sparse = fnn.Attention(12, 3), fnn.Attention(12, 3, topk=4, num_prefix=1)
+    sparse.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 5, 12)
+    q, k, v = plain.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
+    expected = plain.proj(((q @ k.mT) / 2).softmax(-1).matmul(v).transpose(1, 2).reshape(2, 5, 12))
+    assert torch.allclose(plain(x), expected, atol=1e-6)
+    # All 4 patches are kept: plain attention.
+    assert torch.allclose(sparse(x), expected, atol=1e-6)
+    with pytest.raises(ValueError, match=r"dim: expected a multiple of num_heads = 5, got 12"):
+        fnn.Attention(12, 5)
+
+
+def test_patch_embed_module_embeds_all_or_chosen_patches():
+    torch.manual_seed(0)
+    module = fnn.PatchEmbed(12, 4, 3, 7)
+    x = images()
+    expected = F.conv2d(x, module.proj.weight, module.proj.bias, stride=4).flatten(2).transpose(1, 2)
+    assert torch.allclose(module(x), expected, atol=1e-5)
+    ids = torch.tensor([[3, 0], [8, 1]])
+    assert torch.allclose(module(x, ids), expected[torch.arange(2)[:, None], ids], atol=1e-5)
+    pixels = torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+    scaled = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    assert torch.allclose(module(pixels, mean=mean, std=std), module(scaled), atol=1e-5)
+    with pytest.raises(ValueError, match=r"x: expected images of \(12, 12\) pixels, got \(8, 12\)"):
+        module(x[:, :, :8])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
