@@ -157,9 +157,9 @@ PRESETS = {
     # shortcut for InfoNCE, and its momentum of 0.996 would hardly move the target in some hundred steps.
     "demo": Preset(
         dict(
-            model="vit_pico", stem="conv", image_size=48, patch_size=12, batch_size=128, epochs=56.0, base_lr=2.4e-3,
-            weight_decay=0.05, betas=(0.9, 0.95), warmup="2ep", warmup_start=1e-4, save_every="14ep", log_every=46,
-            reconstruct_every="28ep",
+            model="vit_pico", stem="conv", image_size=48, patch_size=12, batch_size=128, epochs=52.0, base_lr=2.4e-3,
+            weight_decay=0.05, betas=(0.9, 0.95), warmup="2ep", warmup_start=1e-4, save_every="13ep", log_every=46,
+            reconstruct_every="26ep",
         ),
         Config(
             mask_ratio=0.5, mask_cell=1, shift=7, crop_scale=(0.4, 1.0), pixel_decoder_depth=2, feature_decoder_depth=1,
