@@ -1,69 +1,163 @@
-"""Times every op of fastmim_kernels on its BENCH cases: `pytest bench/bench_kernels.py -s`.
+"""Times every op of fastmim_kernels: `pytest bench/bench_kernels.py -s`, or a part of it with `-k masked_pixel_loss`.
 
-A case is timed only after its results agree with the reference in float64. Each row: median over n calls of the forward
-pass and, where the op has gradients, of forward + backward; GB/s = least traffic of the forward pass / its median.
-Nothing is asserted about time.
+Each case runs on every backend that the op has there, against the plain torch of plain_torch.py, eager and through
+torch.compile where an equal exists. All of them take turns, so that a slow phase of the machine hits all alike; a row
+holds medians of forward and backward (forward alone where the op has no gradient): process CPU time on a CPU, wall time
+on a GPU. Nothing is timed before its results agree with the reference in float64. Nothing is asserted about time.
+
+FASTMIM_BENCH_CALLS: rounds per case (20). FASTMIM_BENCH_COMPILE=0: without torch.compile, which takes most of the time.
+FASTMIM_BENCH_OUT=bench/results/kernels-cpu.jsonl: adds the rows to that file, where rows of the same case are replaced,
+and writes the table of all its rows beside it, as .md.
 """
 
+import inspect
+import json
 import os
+import pathlib
 import platform
 import statistics
 import time
 
+import plain_torch
 import pytest
 import torch
 from fastmim_kernels import cases, dispatch
+from fastmim_kernels.patches import spec as patches
+from fastmim_kernels.pixel_loss import spec as pixel_loss
 
 DEVICES = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
+# Whole images instead of windows, as plain torch has them.
+WHOLE = {
+    "patches": (patches.case((64, 3, 224, 224), 16, keep=49), patches.case((64, 3, 224, 224), 16, keep=49, dtype=torch.bfloat16)),
+    "pixel_loss": (
+        pixel_loss.case((64, 3, 224, 224), 16, 147),
+        pixel_loss.case((64, 3, 224, 224), 16, 147, dtype=torch.bfloat16),
+    ),
+}  # fmt: skip
 RUNS = [
-    pytest.param(op, case, device, backend, id=f"{op}-{case.function}-{case.name}-{device.type}-{backend}")
+    pytest.param(op, case, device, id=f"{op}-{case.function}-{case.name}-{device.type}")
     for op in dispatch.ops()
-    for case in cases.load(op)[1]
+    for case in (*WHOLE.get(op, ()), *cases.load(op)[1])
     for device in DEVICES
-    for backend in dispatch.available(op, device.type)
 ]
-# Calls per case: at most CALLS, and no more after SECONDS.
-CALLS, SECONDS = int(os.environ.get("FASTMIM_BENCH_CALLS", "20")), 2.0
+CALLS, SECONDS = int(os.environ.get("FASTMIM_BENCH_CALLS", "20")), 10.0
+USES_COMPILE = os.environ.get("FASTMIM_BENCH_COMPILE", "1") == "1"
+# plain_torch rounds more often than an op; what differs by more computes something else.
+PLAIN_TOLERANCE = 0.2
+COLUMNS = ("eager", "compile", "reference", "native", "triton")
 
 
-def times_ms(step, device: torch.device) -> list[float]:
-    """Wall times of single calls in ms, after two calls to warm up; on a GPU each call is waited for."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    for _ in range(2):
-        step()
-    wait()
-    taken, start = [], time.perf_counter()
-    while len(taken) < CALLS and (len(taken) < 3 or time.perf_counter() - start < SECONDS):
-        begin = time.perf_counter()
-        step()
-        wait()
-        taken.append((time.perf_counter() - begin) * 1e3)
-    return taken
+class Provider:
+    """One way to compute a case, able to take a step."""
+
+    def __init__(self, function, case, device, backend=""):
+        self.function, self.backend, self.device = function, backend, device
+        self.inputs = case.inputs(device)
+        self.sources = [self.inputs[name].requires_grad_() for name in case.grads]
+        self.ones = None
+        self.seconds = []
+
+    def step(self):
+        if self.backend:
+            os.environ[dispatch.VARIABLE] = self.backend
+        outputs = [o for o in cases.flatten(self.function(**self.inputs)) if isinstance(o, torch.Tensor)]
+        if self.sources:
+            self.ones = self.ones or [torch.ones_like(o) for o in outputs]
+            torch.autograd.grad(outputs, self.sources, self.ones)
+
+    def timed(self):
+        is_gpu = self.device.type == "cuda"
+        clock = time.perf_counter if is_gpu else time.process_time
+        if is_gpu:
+            torch.cuda.synchronize()
+        begin = clock()
+        self.step()
+        if is_gpu:
+            torch.cuda.synchronize()
+        self.seconds.append(clock() - begin)
+
+    @property
+    def ms(self):
+        return 1e3 * statistics.median(self.seconds)
+
+
+def plain(case, device):
+    """The function of plain_torch that computes ``case``, or None where it has none for these arguments."""
+    function = getattr(plain_torch, case.function, None)
+    inputs = case.inputs(device)
+    if function is None or set(inputs) - set(inspect.signature(function).parameters) or inputs.get("labels") is not None:
+        return None
+    if case.function != "random_masking":  # other random numbers
+        got = cases.call(function, case, case.inputs(device))
+        expected = cases.call(cases.public(case), case, case.inputs(device))
+        for g, e in zip(got, expected, strict=True):
+            assert float((g.double() - e.double()).abs().max()) <= PLAIN_TOLERANCE * max(1.0, float(e.abs().max()))
+    return function
 
 
 @pytest.fixture(scope="module")
-def table():
-    rows: list[str] = []
-    yield rows
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    print(f"\n{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads, medians of n calls")
-    print(f"{'op':11} {'on':5} {'backend':10} {'case':82} {'n':>3} {'ms':>9} {'f+b ms':>9} {'GB/s':>7} {'GFLOP/s':>8}")
-    print("\n".join(rows))
+def rows():
+    found = []
+    yield found
+    print("\n" + table(found))
+    path = os.environ.get("FASTMIM_BENCH_OUT")
+    if path:
+        path = pathlib.Path(path)
+        before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        new = {(row["function"], row["case"], row["device"]) for row in found}
+        kept = [row for row in before if (row["function"], row["case"], row["device"]) not in new] + found
+        kept.sort(key=lambda row: (row["device"], row["function"]))
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        path.with_suffix(".md").write_text(table(kept))
 
 
-@pytest.mark.parametrize(("op", "case", "device", "backend"), RUNS)
-def bench_op(op, case, device, backend, table, monkeypatch):
-    monkeypatch.setenv(dispatch.VARIABLE, backend)
-    assert cases.error(case, device) <= case.tolerance
-    function, inputs = cases.public(case), case.inputs(device)
-    forward = times_ms(lambda: function(**inputs), device)
-    ms = statistics.median(forward)
-    both = "-"
-    if case.grads:
-        sources = [inputs[name].requires_grad_() for name in case.grads]
-        ones = torch.ones_like(function(**inputs))
-        step = lambda: torch.autograd.grad(function(**inputs), sources, ones)  # noqa: E731
-        both = f"{statistics.median(times_ms(step, device)):.3f}"
-    rates = f"{case.bytes_moved / ms / 1e6:7.2f} {case.flops / ms / 1e6:8.2f}"
-    name = f"{case.function} {case.name}"
-    table.append(f"{op:11} {device.type:5} {backend:10} {name:82} {len(forward):3} {ms:9.3f} {both:>9} {rates}")
+def table(rows):
+    """Markdown: one line per case; ratios are how many times as fast as eager and compiled torch the best of ours is."""
+    lines = [f"# Kernels\n\nMedians in ms of forward + backward (forward where there is no gradient), written by\n`pytest bench/bench_kernels.py`: {inspect.cleandoc(__doc__).splitlines()[2]}\n"]
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == setting]
+        shown = [c for c in COLUMNS if any(c in row["ms"] for row in own)]
+        lines += [f"\n{setting}\n", "| op | case | n | " + " | ".join(shown) + " | vs eager | vs compile |"]
+        lines.append("|---|---|---|" + "---|" * (len(shown) + 2))
+        for row in own:
+            ms = row["ms"]
+            best = min(ms[c] for c in ("native", "triton", "reference") if c in ms) if not ("native" in ms or "triton" in ms) else ms.get("triton", ms.get("native"))
+            ratios = [f"{ms[c] / best:.1f}x" if c in ms else "" for c in ("eager", "compile")]
+            values = [f"{ms[c]:.2f}" if c in ms else "" for c in shown]
+            lines.append("| " + " | ".join([row["function"], row["case"], str(row["n"]), *values, *ratios]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def setting(device):
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} with {capability}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, process CPU time"
+
+
+@pytest.mark.parametrize(("op", "case", "device"), RUNS)
+def bench_op(op, case, device, rows, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "")
+    providers = {}
+    for backend in dispatch.available(op, device.type):
+        monkeypatch.setenv(dispatch.VARIABLE, backend)
+        assert cases.error(case, device) <= case.tolerance
+        providers[backend] = Provider(cases.public(case), case, device, backend)
+    function = plain(case, device)
+    if function is not None:
+        providers["eager"] = Provider(function, case, device)
+        if USES_COMPILE and not case.result:
+            torch._dynamo.reset()
+            providers["compile"] = Provider(torch.compile(function), case, device)
+    for _ in range(2):
+        for provider in providers.values():
+            provider.step()
+    start = time.perf_counter()
+    while len(provider.seconds) < CALLS and (len(provider.seconds) < 3 or time.perf_counter() - start < SECONDS):
+        for provider in providers.values():
+            provider.timed()
+    rows.append({
+        "function": case.function, "case": case.name, "device": device.type, "setting": setting(device),
+        "n": len(provider.seconds), "ms": {name: round(p.ms, 4) for name, p in providers.items()},
+        "bytes_moved": case.bytes_moved, "flops": case.flops,
+    })  # fmt: skip

@@ -206,6 +206,7 @@ def bench_loader(source, tmp_path, capsys):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--photos", type=Path, help="folder of real photographs to compare on, too")
+    parser.add_argument("--only-photos", action="store_true")
     parser.add_argument("--images", type=int, default=640, help="images per measurement")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="Markdown file to write")
@@ -214,7 +215,9 @@ def main() -> None:
     sections = [f"# Loaders on a CPU\n\n`python {' '.join(sys.argv)}`, {time.strftime('%Y-%m-%d')}. {machine()}."]
     sections.append(__doc__.split("\n\n", 2)[2].strip())
     with tempfile.TemporaryDirectory() as temporary:
-        folders = {"Synthetic, of the size of ImageNet's": synthetic_photos(Path(temporary) / "synthetic", 400)}
+        folders = {}
+        if not arguments.only_photos:
+            folders["Synthetic, of the size of ImageNet's"] = synthetic_photos(Path(temporary) / "synthetic", 400)
         if arguments.photos:
             folders["Photographs"] = repeated(arguments.photos, Path(temporary) / "photos")
         for title, folder in folders.items():

@@ -13,6 +13,8 @@ USAGE = """fastmim COMMAND ...
   knn            k-NN accuracy of a checkpoint or of an exported encoder
   linear         linear probe of the same
   record-tokens  write the tokens that CAE predicts, for runs that repeat the same crops
+  pack           write a folder of images into tar shards or a .beton file
+  verify-data    decode every image whole and name the bad ones
   demo-data      write the demo data set: labeled, photo-like JPEG files
   info           versions, devices, kernels, loaders
 
@@ -26,7 +28,8 @@ USAGE_ERROR, NO_CHECKPOINT, STORAGE_ERROR, SAVED_ON_SIGNAL = 2, 3, 6, 75
 def run(argv: list[str]) -> int:
     """Runs one command; returns the exit code."""
     commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train, "knn": _knn, "linear": _linear, "record-tokens": _record_tokens, "demo-data": _demo_data, "info": _info,
+        "train": _train, "knn": _knn, "linear": _linear, "record-tokens": _record_tokens, "pack": _pack,
+        "verify-data": _verify_data, "demo-data": _demo_data, "info": _info,
     }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -99,6 +102,24 @@ def _recording(argv: list[str]) -> tuple[Path, range, list[str]]:
     parser.add_argument("--last", type=int, required=True, metavar="STEP", help="last step to record")
     own, rest = parser.parse_known_args(argv)
     return own.write, range(own.first, own.last + 1), rest
+
+
+def _pack(argv: list[str]) -> int:
+    import tyro
+
+    from fastmim.data_commands import pack
+
+    tyro.cli(pack, prog="fastmim pack", args=argv)
+    return 0
+
+
+def _verify_data(argv: list[str]) -> int:
+    import tyro
+
+    from fastmim.data_commands import verify_data
+
+    tyro.cli(verify_data, prog="fastmim verify-data", args=argv)
+    return 0
 
 
 def _demo_data(argv: list[str]) -> int:

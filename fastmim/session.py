@@ -10,7 +10,7 @@ from fastmim_kernels import chosen
 from fastmim_pipelines import make_loader
 from fastmim_pipelines.demo import write_demo
 from fastmim_pipelines.evaluation import EvalReader
-from fastmim_pipelines.index import FolderIndex
+from fastmim_pipelines.index import ImageIndex, open_index
 
 from fastmim import dist
 from fastmim.boxes import HeatBoxes
@@ -60,11 +60,10 @@ class Session:
         engine, stage, why = engines.choose(config.engine, config.zero, world, trained, memory_bytes(self.device))
         self.engine_name, self.stage = engine, stage
         config = self._with_data(config)
-        self.crops = plan.crops
-        self.train_index = FolderIndex(config.data) if config.data else None
+        self.crops, self.config = plan.crops, config
+        self.train_index = self._index(config.data) if config.data else None
         classes = self.train_index.classes if self.train_index else None
-        self.val_index = FolderIndex(config.val_data, classes=classes or None) if config.val_data else None
-        self.config = config
+        self.val_index = open_index(config.val_data, classes=classes or None) if config.val_data else None
         self.say(f"method    {config.method}, preset {config.preset}, {config.model}/{config.patch_size} at "
                  f"{self.model.image_size[0]} x {self.model.image_size[1]}: {trained / 1e6:.1f} M parameters to train"
                  f"{f', {frozen / 1e6:.1f} M that follow' if frozen else ''}")  # fmt: skip
@@ -89,6 +88,12 @@ class Session:
         for note in plan.notes:
             self.say(f"note      {note}")
         self.say(f"lr        {config.peak_lr:.3g} at batch {config.batch_size}")
+
+    def _index(self, data: Path) -> ImageIndex:
+        try:
+            return open_index(data, "auto" if self.config.loader == "synthetic" else self.config.loader)
+        except ValueError as e:
+            raise ConfigError(str(e)) from e
 
     def say(self, text: str) -> None:
         if dist.launched_rank() == 0:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
-from fastmim_pipelines.index import FolderIndex
+from fastmim_pipelines.index import open_index
 from torch import Tensor
 
 from fastmim.config import ConfigError
@@ -54,8 +54,8 @@ class Evaluation:
             with precise.autocast():
                 return encoder.features(images)
 
-        train = FolderIndex(self.data)
-        val = FolderIndex(self.val_data, classes=train.classes or None)
+        train = open_index(self.data)
+        val = open_index(self.val_data, classes=train.classes or None)
         for index, flag in ((train, "--data"), (val, "--val-data")):
             if index.labels is None:
                 raise ConfigError(

@@ -21,8 +21,8 @@ struct Images {
   // Offsets are not checked by Python under torch.compile.
   Status check() const {
     for (int64_t i = 0; offset && i < 2 * batch; i += 2) {
-      const bool is_inside = offset[i] >= 0 && offset[i] <= height - h && offset[i + 1] >= 0 && offset[i + 1] <= width - w;
-      if (!is_inside) return BAD_INDEX;
+      const int64_t top = offset[i], left = offset[i + 1];
+      if (top < 0 || top > height - h || left < 0 || left > width - w) return BAD_INDEX;
     }
     return OK;
   }
@@ -71,8 +71,8 @@ inline void copy_row(const T* p, int64_t step, int64_t n, T* out) {
   for (; i < n; ++i) out[i] = p[i * step];
 }
 
-// The grid of patches in the window, and how their values are normalized: (pixel - shift[c]) * scale[c] with the pixel as
-// it is stored, or unit_level(pixel) where shift is null.
+// The grid of patches in the window, and how their values are normalized: (pixel - shift[c]) * scale[c] with the pixel
+// as it is stored, or unit_level(pixel) where shift is null.
 struct Patches {
   int64_t size, columns, count, values;
   const float *shift, *scale;

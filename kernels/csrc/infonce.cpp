@@ -5,7 +5,7 @@
 
 namespace fastmim {
 // logits (rows, N), to be divided by `temperature`; the label of row r is first_label + r. losses (rows,) receives each
-// row's loss; with is_gradient_wanted the logits become `weight` times its gradient with respect to the undivided logits.
+// row's loss; with is_gradient_wanted the logits become `weight` times its gradient by the undivided logits.
 static Status cross_entropy_rows(float* logits, int64_t rows, int64_t n, int64_t first_label, double temperature,
                                  double smoothing, double weight, int64_t is_gradient_wanted, double* losses,
                                  int64_t threads) {
@@ -16,11 +16,12 @@ static Status cross_entropy_rows(float* logits, int64_t rows, int64_t n, int64_t
       float* row = logits + r * n;
       const int64_t label = first_label + r;
       const double for_label = static_cast<double>(row[label]) * factor;
-      const double average = smoothing > 0 ? static_cast<double>(reduce(n, [=](int64_t i) { return row[i]; })) * factor / static_cast<double>(n) : 0;
+      const auto value = [=](int64_t i) { return row[i]; };
+      const double average = smoothing > 0 ? static_cast<double>(reduce(n, value)) * factor / static_cast<double>(n) : 0;
       const float high = largest(row, n);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) row[i] = exponential((row[i] - high) * factor);
-      const float total = reduce(n, [=](int64_t i) { return row[i]; });
+      const float total = reduce(n, value);
       losses[r] = std::log(static_cast<double>(total)) + static_cast<double>(high) * factor -
                   (1 - smoothing) * for_label - smoothing * average;
       if (!is_gradient_wanted) continue;

@@ -168,8 +168,8 @@ inline void expect_writes(void* data, int64_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t PAGE = uintptr_t{1} << 21;
   if (bytes < static_cast<int64_t>(2 * PAGE)) return;
-  const uintptr_t start = reinterpret_cast<uintptr_t>(data), end = (start + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
-  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (start + PAGE - 1) / PAGE * PAGE, end = (start + static_cast<uintptr_t>(bytes)) / PAGE * PAGE;
   // A refusal changes nothing but the speed.
   if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #else
@@ -217,8 +217,9 @@ inline void parallel_for(int64_t count, int64_t grain, int64_t threads, Body&& b
 // beside it is found out by the number and kind of arguments.
 template <class T>
 constexpr char letter() {
-  static_assert(std::is_pointer_v<T> || std::is_same_v<T, int64_t> || std::is_same_v<T, double>, "pointer, int64, double");
-  return std::is_pointer_v<T> ? 'p' : std::is_same_v<T, int64_t> ? 'i' : 'd';
+  constexpr bool is_integer = std::is_same_v<T, int64_t>, is_number = is_integer || std::is_same_v<T, double>;
+  static_assert(std::is_pointer_v<T> || is_number, "arguments are pointers, int64_t or double");
+  return std::is_pointer_v<T> ? 'p' : is_integer ? 'i' : 'd';
 }
 
 struct Entry {

@@ -40,10 +40,30 @@ inline void add_branch(const X* x, const H* residual, const float* scale, float 
   }
 }
 
+// slope = the gradient of the normalized row h, from that of the result; `unit` is room for n floats. for_weight and
+// for_bias are added to.
+template <class X, class H>
+inline void normalization_gradient(const X* grad, const H* h, const float* stats, const float* weight, int64_t n,
+                                   float* unit, float* slope, float* for_weight, float* for_bias) {
+  const float mean = stats[0], inverse = stats[1], count = static_cast<float>(n);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const float g = to_float(grad[i]), normal = (to_float(h[i]) - mean) * inverse;
+    unit[i] = normal;
+    slope[i] = g * weight[i];
+    for_weight[i] += g * normal;
+    for_bias[i] += g;
+  }
+  const float average = reduce(n, [=](int64_t i) { return slope[i]; }) / count;
+  const float along = reduce(n, [=](int64_t i) { return slope[i] * unit[i]; }) / count;
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) slope[i] = inverse * (slope[i] - average - unit[i] * along);
+}
+
 }  // namespace
 
-// x (rows, D) of dtype `from`; residual and h of dtype `to`, each or null; weight (D,), bias and scale (D,) or null, and
-// row_scale, one per `rows_per_scale` rows, or null: floats. y like x; stats (rows, 2): mean and 1 / standard deviation.
+// x (rows, D) of dtype `from`; residual and h of dtype `to`, each or null. Floats: weight (D,), bias and scale (D,) or
+// null, row_scale, one per `rows_per_scale` rows, or null. y like x; stats (rows, 2): mean and 1 / standard deviation.
 static Status add_layer_norm(const void* x, int64_t from, const void* residual, int64_t to, const float* weight,
                              const float* bias, const float* scale, const float* row_scale, int64_t rows_per_scale,
                              double eps, int64_t rows, int64_t width, void* y, void* h, float* stats, int64_t threads) {
@@ -59,7 +79,8 @@ static Status add_layer_norm(const void* x, int64_t from, const void* residual, 
         float* sum = scratch.at(worker * room);
         for (int64_t r = begin; r < end; ++r) {
           const H* before = residual ? static_cast<const H*>(residual) + r * width : nullptr;
-          add_branch(static_cast<const X*>(x) + r * width, before, scale, row_scale ? row_scale[r / rows_per_scale] : 1.0f, width, sum);
+          const float factor = row_scale ? row_scale[r / rows_per_scale] : 1.0f;
+          add_branch(static_cast<const X*>(x) + r * width, before, scale, factor, width, sum);
           if (h) {
             H* after = static_cast<H*>(h) + r * width;
             from_floats(sum, width, after);
@@ -101,7 +122,8 @@ static Status add_layer_norm_backward(const void* grad_y, const void* grad_h, co
       Floats scratch(2 * room * std::max<int64_t>(1, threads)), partial(3 * room * CHUNKS);
       if (for_x) expect_writes(for_x, rows * width * static_cast<int64_t>(sizeof(X)));
       if (for_residual) expect_writes(for_residual, rows * width * static_cast<int64_t>(sizeof(H)));
-      parallel_for(chunks, rows_per_worker(width) / (chunk + 1) + 1, threads, [&](int64_t begin, int64_t end, int64_t worker) {
+      const int64_t grain = rows_per_worker(width) / (chunk + 1) + 1;
+      parallel_for(chunks, grain, threads, [&](int64_t begin, int64_t end, int64_t worker) {
         float *unit = scratch.at(2 * worker * room), *slope = unit + room;
         for (int64_t part = begin; part < end; ++part) {
           float *for_weight = partial.at(3 * part * room), *for_bias = for_weight + room, *for_scale = for_bias + room;
@@ -109,20 +131,7 @@ static Status add_layer_norm_backward(const void* grad_y, const void* grad_h, co
           for (int64_t r = part * chunk; r < std::min(rows, (part + 1) * chunk); ++r) {
             const X* g = static_cast<const X*>(grad_y) + r * width;
             const H* stored = static_cast<const H*>(h) + r * width;
-            const float mean = stats[2 * r], inverse = stats[2 * r + 1];
-#pragma omp simd
-            for (int64_t i = 0; i < width; ++i) {
-              const float grad = to_float(g[i]), normal = (to_float(stored[i]) - mean) * inverse;
-              unit[i] = normal;
-              slope[i] = grad * weight[i];
-              for_weight[i] += grad * normal;
-              for_bias[i] += grad;
-            }
-            const float n = static_cast<float>(width);
-            const float average = reduce(width, [=](int64_t i) { return slope[i]; }) / n;
-            const float along = reduce(width, [=](int64_t i) { return slope[i] * unit[i]; }) / n;
-#pragma omp simd
-            for (int64_t i = 0; i < width; ++i) slope[i] = inverse * (slope[i] - average - unit[i] * along);
+            normalization_gradient(g, stored, stats + 2 * r, weight, width, unit, slope, for_weight, for_bias);
             if (grad_h) {
               const H* further = static_cast<const H*>(grad_h) + r * width;
 #pragma omp simd

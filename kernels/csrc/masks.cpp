@@ -51,7 +51,8 @@ class Drawing {
 static Status draw_masks(const int64_t* rng, const int64_t* ids, int64_t batch, int64_t rows, int64_t columns,
                          int64_t cell, int64_t keep, int64_t* ids_keep, int64_t* ids_masked, int64_t* ids_restore,
                          float* mask, int64_t threads) {
-  const int64_t across = columns / cell, cells = rows / cell * across, count = rows * columns, kept = keep * cell * cell;
+  const int64_t across = columns / cell, cells = rows / cell * across;
+  const int64_t count = rows * columns, kept = keep * cell * cell;
   const int64_t workers = std::max<int64_t>(1, threads);
   std::vector<Drawing> drawings(static_cast<size_t>(workers), Drawing(cells));
   parallel_for(batch, 2048 / (count + 1) + 1, workers, [&](int64_t begin, int64_t end, int64_t worker) {

@@ -17,7 +17,8 @@ static Status patchify_gather(const void* pixels, const int64_t* shape, const in
     return with_float(dtype, [&](auto result) {
       using Result = decltype(result);
       expect_writes(out, images.batch * keep * values * static_cast<int64_t>(sizeof(Result)));
-      parallel_for(images.batch * keep, 32768 / (values + 1) + 1, threads, [&](int64_t begin, int64_t end, int64_t worker) {
+      const int64_t grain = 32768 / (values + 1) + 1;
+      parallel_for(images.batch * keep, grain, threads, [&](int64_t begin, int64_t end, int64_t worker) {
         float *planes = scratch.at(worker * room), *row = planes + padded(values);
         for (int64_t i = begin; i < end; ++i) {
           Result* to = static_cast<Result*>(out) + i * values;

@@ -27,7 +27,8 @@ static Status uniform(const int64_t* rng, const int64_t* ids, int64_t batch, int
   parallel_for(batch, samples_per_worker(count), threads, [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t b = begin; b < end; ++b)
       philox(rng, ids[b], stream, count, [row = out + b * count](int64_t start, const uint32_t* words, int64_t n) {
-        for (int64_t i = 0; i < n; ++i) row[start + i] = static_cast<float>(static_cast<int32_t>(words[i] >> 8)) * 0x1p-24f;
+        for (int64_t i = 0; i < n; ++i)
+          row[start + i] = static_cast<float>(static_cast<int32_t>(words[i] >> 8)) * 0x1p-24f;
       });
   });
   return OK;

@@ -25,10 +25,10 @@ inline float slope(float d) {
 }
 
 // Shift and factor that make the patch (t - mean) / sqrt(var + eps), var unbiased.
-std::pair<float, float> normalization(const float* target, int64_t n, float eps) {
+std::pair<float, float> normalization(const float* target, int64_t n, double eps) {
   const float mean = reduce(n, [=](int64_t i) { return target[i]; }) / static_cast<float>(n);
   const float squares = reduce(n, [=](int64_t i) { return (target[i] - mean) * (target[i] - mean); });
-  return {mean, 1 / std::sqrt(squares / static_cast<float>(n - 1) + eps)};
+  return {mean, 1 / std::sqrt(squares / static_cast<float>(n - 1) + static_cast<float>(eps))};
 }
 
 template <int KIND, class T>
@@ -61,7 +61,8 @@ static Status masked_pixel_loss(const void* pixels, const int64_t* shape, const 
     return with_float(dtype, [&](auto element) {
       using T = decltype(element);
       if (gradient) expect_writes(gradient, images.batch * masked * n * static_cast<int64_t>(sizeof(T)));
-      parallel_for(images.batch * masked, 32768 / (n + 1) + 1, threads, [&](int64_t begin, int64_t end, int64_t worker) {
+      const int64_t grain = 32768 / (n + 1) + 1;
+      parallel_for(images.batch * masked, grain, threads, [&](int64_t begin, int64_t end, int64_t worker) {
         float *planes = scratch.at(worker * room), *target = planes + padded(n);
         for (int64_t i = begin; i < end; ++i) {
           const T* row = static_cast<const T*>(pred) + i * n;
@@ -72,11 +73,12 @@ static Status masked_pixel_loss(const void* pixels, const int64_t* shape, const 
             for (int64_t v = n; v < 2 * n; v += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + v);
           }
           patches.read<decltype(pixel)>(images, i / masked, ids[i], planes, target);
-          const auto [mean, factor] = is_normalized ? normalization(target, n, static_cast<float>(eps)) : std::pair(0.0f, 1.0f);
+          const auto [mean, factor] = is_normalized ? normalization(target, n, eps) : std::pair(0.0f, 1.0f);
           const auto run = [&, mean = mean, factor = factor](auto constant) {
             constexpr int KIND = decltype(constant)::value;
             if (losses) losses[i] = patch_loss<KIND>(row, target, mean, factor, n);
-            if (gradient) patch_gradient<KIND>(row, target, mean, factor, static_cast<float>(weight), n, static_cast<T*>(gradient) + i * n);
+            T* slopes = static_cast<T*>(gradient) + i * n;
+            if (gradient) patch_gradient<KIND>(row, target, mean, factor, static_cast<float>(weight), n, slopes);
           };
           if (kind == MSE) run(std::integral_constant<int, MSE>());
           if (kind == L1) run(std::integral_constant<int, L1>());

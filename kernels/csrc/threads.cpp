@@ -1,4 +1,4 @@
-// The OpenMP runtime that the kernels run on; see kernel.h.
+// The OpenMP runtime that the kernels run on (see kernel.h), and the digest of the sources.
 #include "kernel.h"
 
 namespace fastmim {
@@ -15,3 +15,10 @@ static Status use_openmp(void* parallel, void* thread, void* team) {
 }  // namespace fastmim
 
 FASTMIM_EXPORT(use_openmp)
+
+#ifdef FASTMIM_SOURCES
+extern "C" {
+__attribute__((visibility("default"))) extern const char fastmim_sources[];
+const char fastmim_sources[] = FASTMIM_SOURCES;
+}
+#endif

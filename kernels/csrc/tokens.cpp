@@ -76,7 +76,8 @@ static Status scatter_tokens(const void* grad, const int64_t* ids, int64_t batch
           convert(rows + first * width, width, to);
         } else {
           std::fill_n(sum, width, 0.0f);
-          for (int64_t row = first; row >= 0; row = next[static_cast<size_t>(row)]) accumulate(rows + row * width, width, sum);
+          for (int64_t row = first; row >= 0; row = next[static_cast<size_t>(row)])
+            accumulate(rows + row * width, width, sum);
           convert(sum, width, to);
         }
       }

@@ -73,8 +73,8 @@ float split(const float* scores, int64_t n, int64_t room, int64_t topk) {
   return unordered(found);
 }
 
-// A score between the topk-th best and the next lower one, halfway where there is room, so that scores summed in another
-// order select the same. `space` is room for padded(n) floats.
+// A score between the topk-th best and the next lower one, halfway where there is room, so that scores summed in
+// another order select the same. `space` is room for padded(n) floats.
 float threshold(const float* row, int64_t n, int64_t topk, float* space) {
   if (topk == n) return -INFINITE;
   const int64_t room = (n + LANES - 1) / LANES * LANES;
@@ -109,9 +109,9 @@ inline int64_t rows_per_worker(int64_t n) { return 8192 / (n + 1) + 1; }
 
 }  // namespace
 
-// scores (heads, N, N), unscaled and overwritten; out like scores, of dtype `dtype`: the weights. tops and least (heads,
-// N): what the backward pass needs to make the weights again as exp((score - top) * scale) where score >= least. counts
-// (heads, N - P) from labels (heads / heads_per_image, N - P), or both null.
+// scores (heads, N, N), unscaled and overwritten; out like scores, of dtype `dtype`: the weights. tops and least
+// (heads, N): what the backward pass needs to make the weights again, exp((score - top) * scale) where score >= least.
+// counts (heads, N - P) from labels (heads / heads_per_image, N - P), or both null.
 static Status topk_softmax(float* scores, int64_t heads, int64_t n, int64_t prefix, int64_t topk, double scale,
                            void* out, int64_t dtype, float* tops, float* least, const int64_t* labels,
                            int64_t heads_per_image, int64_t* counts, int64_t threads) {
@@ -124,7 +124,8 @@ static Status topk_softmax(float* scores, int64_t heads, int64_t n, int64_t pref
       for (int64_t r = begin; r < end; ++r) {
         const int64_t head = r / n, patch = r % n - prefix;
         float* row = scores + r * n;
-        const float least_kept = patch < 0 ? -INFINITE : threshold(row + prefix, patches, topk, scratch.at(worker * room));
+        float* space = scratch.at(worker * room);
+        const float least_kept = patch < 0 ? -INFINITE : threshold(row + prefix, patches, topk, space);
         if (counts && patch >= 0) {
           const int64_t* from = labels + head / heads_per_image * patches;
           int64_t count = 0;

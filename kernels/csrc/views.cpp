@@ -174,7 +174,8 @@ static Status shift_flip_jitter(const void* pixels, const int64_t* shape, const 
     return with_float(dtype, [&](auto result) {
       using Result = decltype(result);
       expect_writes(out, images.batch * values * static_cast<int64_t>(sizeof(Result)));
-      parallel_for(images.batch, std::max<int64_t>(1, 16384 / (values + 1)), threads, [&](int64_t begin, int64_t end, int64_t worker) {
+      const int64_t grain = 16384 / (values + 1) + 1;
+      parallel_for(images.batch, grain, threads, [&](int64_t begin, int64_t end, int64_t worker) {
         float *image = scratch.at(worker * room), *spare = image + padded(values), *taps = spare + spare_size;
         for (int64_t b = begin; b < end; ++b) {
           Result* view = static_cast<Result*>(out) + b * values;

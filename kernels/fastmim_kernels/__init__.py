@@ -8,8 +8,8 @@ function.
 
 from .activation import bias_gelu
 from .block_masks import block_masking
-from .dispatch import backends, chosen
 from .depthwise import depthwise_patches
+from .dispatch import backends, chosen
 from .ema import ema_update
 from .gather import gather_tokens
 from .infonce import contrastive_loss

@@ -7,6 +7,7 @@ site-packages; in a plain checkout where ``cmake --install build/native --prefix
 
 import ctypes
 import functools
+import hashlib
 import pathlib
 import sys
 from collections.abc import Callable
@@ -34,9 +35,22 @@ def candidates() -> list[pathlib.Path]:
     return [pathlib.Path(folder) / name for name in names for folder in sys.modules[__package__].__path__]
 
 
+def sources_digest(folder: pathlib.Path) -> str:
+    """Digest of the C++ files in ``folder``, as CMakeLists.txt computes it."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".cpp", ".h"))
+    return hashlib.sha256("".join(hashlib.sha256(f.read_bytes()).hexdigest() for f in files).encode()).hexdigest()
+
+
+def _built_from(loaded: ctypes.CDLL) -> str:
+    try:
+        return ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(loaded, "fastmim_sources"))).decode()
+    except ValueError:
+        return "unknown"
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The loaded library. Raises: ImportError where there is none, OSError where it does not load."""
+    """The loaded library. Raises: ImportError where there is none or it is out of date, OSError where it does not load."""
     path = next((path for path in candidates() if path.exists()), None)
     if path is None:
         raise ImportError(
@@ -44,6 +58,9 @@ def library() -> ctypes.CDLL:
             "install fastmim where a C++ compiler is, or build it with cmake"
         )
     loaded = ctypes.CDLL(str(path))
+    sources = pathlib.Path(__file__).resolve().parent.parent / "csrc"
+    if sources.is_dir() and _built_from(loaded) != sources_digest(sources):
+        raise ImportError(f"{path} was built from other sources than {sources} holds now; build it anew")
     _call(loaded, "use_openmp")(*_openmp())
     return loaded
 
@@ -62,7 +79,9 @@ def _call(loaded: ctypes.CDLL, name: str) -> Callable[..., int]:
     try:
         entry = Entry.in_dll(loaded, f"fastmim_{name}")
     except ValueError as e:
-        raise ImportError(f"{loaded._name} has no function {name}: it was built from other sources; build it anew") from e
+        raise ImportError(
+            f"{loaded._name} has no function {name}: it was built from other sources; build it anew"
+        ) from e
     return ctypes.CFUNCTYPE(ctypes.c_int, *(LETTERS[letter] for letter in entry.arguments.decode()))(entry.address)
 
 

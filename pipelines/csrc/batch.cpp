@@ -217,6 +217,8 @@ bool find(void* handle, const char* name, Function* function) {
 // The generation of this interface; native_decode.py knows which one it speaks.
 EXPORT int fastmim_decode_version() { return 2; }
 
+EXPORT void fastmim_decode_use_instructions(int most) { fastmim::use_instructions(most); }
+
 // Binds libjpeg's functions, and sets the order of the resampler's passes: see may_begin_down. Returns null, or what is
 // missing; the text lives until the next call.
 EXPORT const char* fastmim_decode_load(const char* libjpeg, int begin_down) {

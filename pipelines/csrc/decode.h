@@ -84,6 +84,9 @@ struct Workspace {
   std::vector<uint8_t> columns, combined, rows, lower;
 };
 
+// What the resampler may use where the processor has it: 0 nothing special, 1 AVX2, 2 (at first) AVX-512 with VNNI. All
+// give the same bits; a choice is for tests.
+void use_instructions(int most);
 // Write `region` resampled to planes (channels, height, width) without gaps.
 void resample(const Region& region, const Taps& across, const Taps& down, bool is_down_first, Workspace* workspace,
               uint8_t* planes);

@@ -20,26 +20,41 @@ constexpr int kLanes = 16;
 #define INLINE static inline __attribute__((always_inline))
 
 namespace portable {
+constexpr int kBlocksDown = 2;
 #include "resample_passes.h"
 }  // namespace portable
 
 #ifdef __x86_64__
+// Functions from here to the end of the push are for processors with these instructions.
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#define BEGIN_TARGET_AVX2 _Pragma("clang attribute push(__attribute__((target(\"avx2\"))), apply_to = function)")
+#define BEGIN_TARGET_AVX512 \
+  _Pragma("clang attribute push(__attribute__((target(\"avx2,avx512f,avx512bw,avx512vl,avx512vnni\"))), apply_to = function)")
+#define END_TARGET _Pragma("clang attribute pop")
 #else
-#pragma GCC push_options
-#pragma GCC target("avx2")
+#define BEGIN_TARGET_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2\")")
+#define BEGIN_TARGET_AVX512 \
+  _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,avx512f,avx512bw,avx512vl,avx512vnni\")")
+#define END_TARGET _Pragma("GCC pop_options")
 #endif
+
+BEGIN_TARGET_AVX2
 #define FASTMIM_AVX2
 namespace avx2 {
+constexpr int kBlocksDown = 2;
 #include "resample_passes.h"
 }  // namespace avx2
 #undef FASTMIM_AVX2
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+END_TARGET
+
+BEGIN_TARGET_AVX512
+#define FASTMIM_AVX512
+namespace avx512 {
+constexpr int kBlocksDown = 4;
+#include "resample_passes.h"
+}  // namespace avx512
+#undef FASTMIM_AVX512
+END_TARGET
 #endif
 
 struct Passes {
@@ -47,14 +62,19 @@ struct Passes {
   decltype(portable::down)* down;
 };
 
-Passes passes_of_this_processor() {
+Passes passes_with(int instructions) {
 #ifdef __x86_64__
-  if (__builtin_cpu_supports("avx2")) return {avx2::across, avx2::down};
+  const bool has_avx2 = __builtin_cpu_supports("avx2");
+  const bool has_avx512 =
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  if (instructions >= 2 && has_avx2 && has_avx512) return {avx512::across, avx512::down};
+  if (instructions >= 1 && has_avx2) return {avx2::across, avx2::down};
 #endif
+  (void)instructions;
   return {portable::across, portable::down};
 }
 
-const Passes passes = passes_of_this_processor();
+Passes passes = passes_with(2);
 
 double bilinear(double x) {
   x = std::fabs(x);
@@ -104,6 +124,8 @@ int32_t side_by_side(int32_t first, int32_t second) {
 }
 
 }  // namespace
+
+void use_instructions(int most) { passes = passes_with(most); }
 
 void Taps::compute(int source, double box_start, double box_end, int output, Filter filter) {
   const Kernel kernel = kernel_of(filter);

@@ -43,10 +43,36 @@ INLINE void transpose_16x16(const uint8_t* from, size_t from_stride, uint8_t* to
   for (int i = 0; i < kLanes; ++i) store(to + to_stride * static_cast<size_t>(i), a[i]);
 }
 
-// Weighted sums of rows, kBytes of each, by the weights of output place `place`.
-#ifdef FASTMIM_AVX2
-// Of two rows at a time: bytes of both side by side, weights in two halves of at most 16 bits. One more row may be read
-// than has a weight.
+// Weighted sums of rows, kBytes of each, by the weights of output place `place`. Versions for x86 take two rows at a time,
+// bytes of both side by side, and weights in two parts of at most 16 bits; they may read one more row than has a weight.
+#if defined FASTMIM_AVX512
+template <int kBytes>
+INLINE void combine(const uint8_t* rows, size_t stride, const Taps& taps, int place, uint8_t* out) {
+  constexpr int kBlocks = kBytes / kLanes;
+  const int32_t* pairs = taps.pairs_of(place);
+  const int count = taps.count[place];
+  __m512i high[kBlocks], low[kBlocks];
+  for (int i = 0; i < kBlocks; ++i) {
+    high[i] = _mm512_setzero_si512();
+    low[i] = _mm512_set1_epi32(1 << (kBits - 1));
+  }
+  for (int k = 0; k < count; k += 2, rows += 2 * stride, pairs += 2) {
+    const __m512i high_weights = _mm512_set1_epi32(pairs[0]), low_weights = _mm512_set1_epi32(pairs[1]);
+    for (int i = 0; i < kBlocks; ++i) {
+      const __m128i a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + i * kLanes));
+      const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + stride + i * kLanes));
+      const __m512i words = _mm512_cvtepu8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)));
+      high[i] = _mm512_dpwssd_epi32(high[i], words, high_weights);
+      low[i] = _mm512_dpwssd_epi32(low[i], words, low_weights);
+    }
+  }
+  for (int i = 0; i < kBlocks; ++i) {
+    const __m512i sums = _mm512_srai_epi32(_mm512_add_epi32(_mm512_slli_epi32(high[i], Taps::kLowBits), low[i]), kBits);
+    const __m128i bytes = _mm512_cvtusepi32_epi8(_mm512_max_epi32(sums, _mm512_setzero_si512()));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * kLanes), bytes);
+  }
+}
+#elif defined FASTMIM_AVX2
 template <int kBytes>
 INLINE void combine(const uint8_t* rows, size_t stride, const Taps& taps, int place, uint8_t* out) {
   constexpr int kBlocks = kBytes / kLanes;
@@ -135,7 +161,7 @@ void across(const uint8_t* source, size_t stride, int channels, const Taps& taps
 // Rows of `width` bytes to `height` rows of them, without a byte more.
 void down(const uint8_t* rows, size_t row_stride, const Taps& taps, int width, int height, uint8_t* out,
           size_t out_stride) {
-  constexpr int kStep = 2 * kLanes;
+  constexpr int kStep = kBlocksDown * kLanes;
   for (int y = 0; y < height; ++y, out += out_stride) {
     const uint8_t* from = rows + row_stride * static_cast<size_t>(taps.first[y] - taps.begin());
     int x = 0;

@@ -15,12 +15,16 @@ from .spec import Batch, CropSpec, DataError, Loader
 __all__ = ["LOADERS", "Batch", "CropSpec", "DataError", "Loader", "make_loader"]
 
 # Every loader there is: name -> (module, class). Modules are imported when asked for.
+# The first three read what their names say; dali and nvimgcodec decode what any of the three reads.
 LOADERS = {
     "folder": ("folder", "FolderLoader"),
     "tar": ("tar", "TarLoader"),
     "ffcv": ("ffcv_file", "BetonLoader"),
+    "dali": ("dali", "DaliLoader"),
+    "nvimgcodec": ("nvimgcodec", "NvimgcodecLoader"),
     "synthetic": ("synthetic", "SyntheticLoader"),
 }
+_DECODERS = ("dali", "nvimgcodec")
 
 
 def make_loader(
@@ -38,6 +42,7 @@ def make_loader(
         The loader, and one line that says which it is and why.
     Raises:
         ValueError: unknown name; no data for a loader that needs it, or an index for another; options out of range.
+        ModuleNotFoundError: the loader needs a package that is not installed; the message has the command.
         DataError: the data cannot be used.
     """
     if name not in ("auto", *LOADERS):
@@ -51,12 +56,14 @@ def make_loader(
         return _class_of(name)(crops, **options), "synthetic: as asked for"
     from .index import open_index
 
-    index = open_index(data, name) if isinstance(data, str | os.PathLike) else data
-    if name not in ("auto", index.kind):
+    decodes = name in _DECODERS
+    index = open_index(data, "auto" if decodes else name) if isinstance(data, str | os.PathLike) else data
+    if not decodes and name not in ("auto", index.kind):
         raise ValueError(f"loader: expected {index.kind} for {index.root}, got {name!r}; choose auto.")
-    loader = _class_of(index.kind)(index, crops, **options)
+    chosen = name if decodes else index.kind
+    loader = _class_of(chosen)(index, crops, **options)
     asked = ", as asked for" if name != "auto" else ""
-    return loader, f"{index.kind}{asked}: {loader.reason}, {parallelism(loader)}"
+    return loader, f"{chosen}{asked}: {loader.reason}, {parallelism(loader)}"
 
 
 def _class_of(name: str) -> type:

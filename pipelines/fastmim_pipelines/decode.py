@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image
 
-from .native_decode import Encoded, FileSpan, choose
+from .native_decode import Encoded, FileSpan, choose, load
 from .spec import DataError, printable
 
 # Pillow remarks on odd metadata, which ImageNet is full of; it would flood the terminal. Once for the process and not
@@ -64,9 +64,12 @@ class CropReader:
         in_chans: channels; 1, 3 or 4 of image files, any number of .npy files.
         threads: that decode.
     Attributes:
+        device: where the crops are.
         uses_native: whether the native decoder runs.
         reason: one line that says which decoder runs and why.
     """
+
+    device = "cpu"
 
     def __init__(self, crops: Sequence[tuple[tuple[int, int], str]], in_chans: int, threads: int = 1):
         self.crops, self.in_chans, self.threads = list(crops), in_chans, threads
@@ -89,10 +92,11 @@ class CropReader:
             images: what holds the bytes of each.
             names: what messages call each; the path where there is one.
             boxes_of: number in `images`, width, height -> one box per crop: left, top, width, height in pixels.
-            out: per crop uint8 (images, in_chans, height, width), contiguous.
+            out: per crop uint8 (images, in_chans, height, width), contiguous; arrays, or tensors on the CPU.
         Returns:
             For each image None, or why it is unusable; its places in `out` then hold anything.
         """
+        out = [np.asarray(array) for array in out]
         errors: list[DataError | None] = [None] * len(images)
         rest = self._read_natively(images, boxes_of, out) if self.uses_native else list(range(len(images)))
 
@@ -116,7 +120,7 @@ class CropReader:
 
     def _read_natively(self, images, boxes_of, out) -> list[int]:
         """Returns the numbers of those that are left to Pillow."""
-        decoder, _ = choose()
+        decoder, _ = load()
         with decoder.open(images, self.threads) as batch:
             boxes = np.zeros((len(self.crops), len(images), 4))
             sizes = list(zip(batch.widths.tolist(), batch.heights.tolist()))

@@ -133,7 +133,7 @@ class _CenterDataset(Dataset):
         shape = (len(ids), self.reader.in_chans, *self.size)
         images = torch.empty(shape, dtype=torch.uint8, pin_memory=self.pins)
         names = [self.index.path(sample_id) for sample_id in ids.tolist()]
-        errors = self.reader.read(self.index.encoded(ids.tolist()), names, boxes_of, [images.numpy()])
+        errors = self.reader.read(self.index.encoded(ids.tolist()), names, boxes_of, [images])
         bad = [BadImage(int(i), error.path, error.reason) for i, error in zip(ids, errors) if error is not None]
         if bad:
             good = np.array([error is None for error in errors])

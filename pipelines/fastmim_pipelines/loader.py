@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from .index import ImageIndex
 from .sampling import batch_positions, crop_box, permute, substitute
 from .spec import Batch, CropSpec, DataError, check_boxes, check_crops, printable
 from .workers import Answers, ThreadAnswers, answers_of, parallelism
+
+if TYPE_CHECKING:
+    from .device_decode import DeviceReader
 
 OnBadImage = Literal["error", "skip"]
 _SUBSTITUTES = 16  # tries before giving up on a place in a batch
@@ -66,6 +69,7 @@ class CropLoader:
         bad_image_budget: with "skip", the share of images that may be unusable; the first ten are free.
         pin_memory: hand out page-locked tensors, for copies to a CUDA device that do not block.
         timeout_s: give up on a worker that is silent for so long.
+        reader_class: what decodes.
     Attributes:
         steps_per_epoch: full batches per epoch; the rest of an epoch's order is left out.
         bad_images: (path, reason) of each unusable file met so far by this rank, without repeats.
@@ -93,6 +97,7 @@ class CropLoader:
         bad_image_budget: float = 0.001,
         pin_memory: bool = False,
         timeout_s: float = 300,
+        reader_class: type[CropReader] | type[DeviceReader] = CropReader,
     ):
         crops = check_crops(crops, in_chans)
         batch_positions(0, batch_size, rank, world)  # checks the three
@@ -108,7 +113,7 @@ class CropLoader:
         self._skips, self._budget = on_bad_image == "skip", bad_image_budget
         self.bad_images = check_damage(index, self._skips)
         self._bad_count = self._seen_count = 0
-        reader = CropReader([(crop.size, crop.filter) for crop in crops], in_chans)
+        reader = reader_class([(crop.size, crop.filter) for crop in crops], in_chans)
         self._source = _CropDataset(self.index, crops, reader, batch_size, rank, world, seed, self._skips)
         self._local_batch = batch_size // world
         self._answer_bytes = self._local_batch * in_chans * sum(crop.size[0] * crop.size[1] for crop in crops)
@@ -229,7 +234,7 @@ class _CropDataset(Dataset):
         self,
         index: ImageIndex,
         crops: tuple[CropSpec, ...],
-        reader: CropReader,
+        reader: CropReader | DeviceReader,
         batch_size: int,
         rank: int,
         world: int,
@@ -246,21 +251,21 @@ class _CropDataset(Dataset):
         positions = batch_positions(step, self.batch_size, self.rank, self.world)
         ids = permute(self.seed, epoch, len(self.index), positions)
         shapes = [(len(ids), self.reader.in_chans, *crop.size) for crop in self.crops]
-        tensors = [torch.empty(shape, dtype=torch.uint8, pin_memory=self.pins) for shape in shapes]
-        buffers = [tensor.numpy() for tensor in tensors]
+        device = self.reader.device
+        tensors = [torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=self.pins) for shape in shapes]
         bad: list[BadImage] = []
         sample_ids = ids.tolist()
-        for slot, error in enumerate(self._fill(epoch, sample_ids, sample_ids, buffers)):
+        for slot, error in enumerate(self._fill(epoch, sample_ids, sample_ids, tensors)):
             if error is None:
                 continue
             bad.append(BadImage(sample_ids[slot], error.path, error.reason))
-            places = [buffer[slot : slot + 1] for buffer in buffers]
+            places = [tensor[slot : slot + 1] for tensor in tensors]
             if not self._substitute(epoch, sample_ids[slot], places, bad):
                 return _Answer(None, bad)
         return _Answer(Batch(tuple(tensors), torch.from_numpy(ids)), bad)
 
     def _fill(
-        self, epoch: int, sample_ids: list[int], chosen: list[int], buffers: list[np.ndarray]
+        self, epoch: int, sample_ids: list[int], chosen: list[int], tensors: list[torch.Tensor]
     ) -> list[DataError | None]:
         """The crops of the samples, out of the chosen images; for each image what is wrong with it."""
 
@@ -277,15 +282,15 @@ class _CropDataset(Dataset):
             return [boxes[crop.view] for crop in self.crops]
 
         names = [self.index.path(image) for image in chosen]
-        return self.reader.read(self.index.encoded(chosen), names, boxes_of, buffers)
+        return self.reader.read(self.index.encoded(chosen), names, boxes_of, tensors)
 
-    def _substitute(self, epoch: int, sample_id: int, buffers: list[np.ndarray], bad: list[BadImage]) -> bool:
+    def _substitute(self, epoch: int, sample_id: int, tensors: list[torch.Tensor], bad: list[BadImage]) -> bool:
         """With `skips`, fill a sample's places from another image; False if there is none to be had."""
         if not self.skips or len(self.index) < 2:
             return False
         for attempt in range(_SUBSTITUTES):
             chosen = substitute(self.seed, epoch, sample_id, attempt, len(self.index))
-            (error,) = self._fill(epoch, [sample_id], [chosen], buffers)
+            (error,) = self._fill(epoch, [sample_id], [chosen], tensors)
             if error is None:
                 return True
             bad.append(BadImage(chosen, error.path, error.reason))

@@ -78,7 +78,7 @@ def answers_of(
     # Several at a time: while one is between two calls of the decoder, the others keep the cores busy.
     at_once = min(threads, _AT_ONCE)
     dataset.reader.threads = -(-threads // at_once)
-    dataset.pins = pin_memory
+    dataset.pins = pin_memory and dataset.reader.device == "cpu"
     # A thread begins with device 0, where the first page-locked tensor would put a context.
     prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
     return ThreadAnswers(dataset, requests, threads=at_once, timeout_s=timeout_s, prepare=prepare)

@@ -11,10 +11,8 @@ with one set of argument types and constants.
 
 import argparse
 import contextlib
-import hashlib
 import importlib
 import io
-import json
 import os
 import pathlib
 import re
@@ -24,7 +22,7 @@ import tempfile
 
 # The interpreter would replace the kernels by Python functions.
 os.environ["TRITON_INTERPRET"] = "0"
-import fastmim_kernels
+import aot_table
 import torch
 import triton
 from fastmim_kernels import cases, dispatch, launch
@@ -150,26 +148,6 @@ def compile_op(op: str, arch: str, only: str = "") -> list[dict[str, object]]:
     return rows
 
 
-def sources_hash(op: str) -> str:
-    """Of everything that decides how the kernels of an op are compiled, Triton's version apart."""
-    package = pathlib.Path(fastmim_kernels.__file__).parent
-    texts, open_ops = {"launch": (package / "launch.py").read_text()}, [op]
-    while open_ops:
-        name = open_ops.pop()
-        texts[name] = (package / name / "kernel.py").read_text()
-        open_ops += [other for other in re.findall(r"from \.\.(\w+)\.kernel import", texts[name]) if other not in texts]
-    texts["spec"] = (package / op / "spec.py").read_text()
-    return hashlib.sha256("\0".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
-
-
-def write(path: pathlib.Path, sources: dict[str, str], rows: list[dict[str, object]]) -> None:
-    """One line per row, so that a difference is readable."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    head = json.dumps({"triton": triton.__version__, "sources": sources})
-    path.write_text(f'{head[:-1]}, "rows": [\n{lines}\n]}}\n')
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--archs", default="sm_80,sm_90")
@@ -193,7 +171,7 @@ def main() -> None:
     for row in rows:
         print(" ".join(f"{key}={value}" for key, value in row.items()), file=sys.stderr)
     if options.json:
-        write(pathlib.Path(options.json), {op: sources_hash(op) for op in ops}, rows)
+        aot_table.write(pathlib.Path(options.json), triton.__version__, ops, rows)
 
 
 if __name__ == "__main__":

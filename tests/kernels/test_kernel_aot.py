@@ -8,28 +8,29 @@ import functools
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
 
-import fastmim_kernels
+import aot_table
 import pytest
+from fastmim_kernels import cases
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 HERE = pathlib.Path(__file__).parent
-TABLE = json.loads((HERE.parents[1] / "bench" / "results" / "aot.json").read_text())
+TABLE = json.loads(aot_table.PATH.read_text())
 TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MISSING = [tool for tool in ("ptxas", "cuobjdump", "nvdisasm") if not (TOOLS / tool).exists()]
-OPS = sorted(path.parent.name for path in pathlib.Path(fastmim_kernels.__file__).parent.glob("*/kernel.py"))
+OPS = sorted(path.parent.name for path in aot_table.PACKAGE.glob("*/kernel.py"))
 ARCHS = ("sm_80", "sm_90")
 # Compiled in every run, to see that the table can be reproduced.
 ALWAYS = "gather"
 # Bytes of stack that are allowed: on sm_100 ptxas gives away a few registers for more warps.
 STACK = {"sm_80": 0, "sm_90": 0, "sm_100": 32}
 SHARED = {"sm_80": 164 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10}
-# Kernels that move rows and have to do so 16 bytes at a time, on sizes that allow it (widths divisible by 8).
+# Ops that move rows, which they have to do 16 bytes at a time.
 WIDE = {"gather", "restore", "mixing", "layer_norm", "activation", "ema"}
+# Kernels of theirs that do something else.
 SINGLE_VALUES = {"partition_kernel", "mix_kernel"}
 TENSOR_CORES = {"infonce", "patch_contrast", "topk"}
 
@@ -48,18 +49,9 @@ def compiled(op: str) -> list[dict]:
         return json.loads(file.read_text())["rows"]
 
 
-@functools.cache
-def current_hash(op: str) -> str:
-    command = f"import aot_compile; print(aot_compile.sources_hash({op!r}))"
-    return subprocess.run(
-        [sys.executable, "-c", command], cwd=HERE, env={**os.environ, "TRITON_INTERPRET": "0"},
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
-
-
 def rows_of(op: str) -> list[dict]:
     """Fresh where the table may not hold any more, else from the table."""
-    is_current = TABLE["sources"].get(op) == current_hash(op)
+    is_current = TABLE["sources"].get(op) == aot_table.sources_hash(op)
     if os.environ.get("FASTMIM_AOT") != "all" and is_current and op != ALWAYS:
         return [row for row in TABLE["rows"] if row["op"] == op]
     if MISSING:
@@ -88,10 +80,9 @@ def test_kernels_compile_without_spills_or_atomics(op):
 
 @pytest.mark.parametrize("op", sorted(WIDE))
 def test_kernels_that_move_rows_access_16_bytes_at_a_time(op):
+    real_sizes = {case.name for case in cases.load(op)[1]}
     for row in rows_of(op):
-        width = re.search(r"_D(\d+)|x(\d+)_", row["case"])
-        is_even = width is None or int(width[1] or width[2]) % 8 == 0
-        if row["kernel"] not in SINGLE_VALUES and is_even:
+        if row["kernel"] not in SINGLE_VALUES and row["case"] in real_sizes:
             assert row["load_128"] and row["store_128"], f"{name(row)} has no 16-byte access"
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import native_library
-from ..registration import define
+from ..registration import define, no_second_derivative
 from . import reference
 
 _cross_entropy_rows = native_library.function("cross_entropy_rows")
@@ -31,7 +31,7 @@ def _forward(
             )  # fmt: skip
             if is_gradient_wanted:
                 torch.mm(logits, k, out=for_q[block])
-                torch.addmm(for_k, logits.T, q[block], beta=int(start > 0), out=for_k)
+                for_k.addmm_(logits.T, q[block], beta=int(start > 0))
         return loss.copy_(losses.mean()), for_q, for_k
 
 
@@ -52,10 +52,7 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, grad, *_):
     if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "contrastive_loss: expected create_graph=False, got a request to differentiate the gradient again; set "
-            "FASTMIM_KERNELS=reference."
-        )
+        no_second_derivative("contrastive_loss")(ctx)
     wanted = ctx.needs_input_grad[:2]
     grads = ((grad * g).to(d) if w else None for g, d, w in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True))
     return *grads, None, None, None, None
@@ -76,8 +73,6 @@ def contrastive_loss(
 ) -> Tensor:
     """See the public function. float64 is left to the reference."""
     if q.dtype not in native_library.FLOATS or k.dtype not in native_library.FLOATS:
-        return reference.contrastive_loss(
-            q, k, offset=offset, temperature=temperature, label_smoothing=label_smoothing
-        )
+        return reference.contrastive_loss(q, k, offset=offset, temperature=temperature, label_smoothing=label_smoothing)
     is_gradient_wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     return _op(q, k, offset, temperature, label_smoothing, is_gradient_wanted)[0]

@@ -49,7 +49,9 @@ def add_layer_norm(
     _check("scale", scale, (width,), x)
     _check("row_scale", row_scale, (x.shape[0],), x)
     if weight is None or width == 0:
-        raise fail("weight", "a (D,) tensor, D at least 1", f"weight {weight}, D = {width}", "give one factor per channel")
+        raise fail(
+            "weight", "a (D,) tensor, D at least 1", f"weight {weight}, D = {width}", "give one factor per channel"
+        )
     if row_scale is not None and row_scale.requires_grad and torch.is_grad_enabled():
         raise fail("row_scale", "a constant", "a tensor that requires a gradient", "detach it")
     check_positive("eps", eps)

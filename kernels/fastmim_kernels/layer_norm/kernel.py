@@ -130,7 +130,7 @@ def layout(width: int, full: int) -> dict[str, int]:
     """``full`` values per 4 warps; fewer warps, not more than 8 rows, where rows are narrow."""
     block = next_power_of_2(width)
     # Rows that are not a multiple of 16 bytes are read value by value, which takes more registers.
-    values = min(full, 8 * block) if width % 8 == 0 else full // 4
+    values = min(full if width % 8 == 0 else full // 4, 8 * block)
     rows = max(1, values // block)
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, 4 * rows * block // full)}
 

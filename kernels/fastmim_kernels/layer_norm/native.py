@@ -38,17 +38,17 @@ def _forward(
     return y, h, stats
 
 
-def _fake_backward(grad_y, grad_h, h, stats, x, weight, scale, row_scale, dtypes, wanted) -> tuple[Tensor, ...]:
-    outs = [h.new_empty(h.shape if w else (0,), dtype=d) for d, w in zip(dtypes, wanted, strict=True)]
-    return *outs, h.new_empty((3, h.shape[-1]), dtype=torch.float32)
+def _fake_backward(grad_y, grad_h, h, stats, x, weight, scale, row_scale, wanted) -> tuple[Tensor, Tensor, Tensor]:
+    for_x, for_residual = (t.new_empty(h.shape if w else (0,)) for t, w in zip((grad_y, h), wanted, strict=True))
+    return for_x, for_residual, h.new_empty((3, h.shape[-1]), dtype=torch.float32)
 
 
 def _backward(
     grad_y: Tensor, grad_h: Tensor | None, h: Tensor, stats: Tensor, x: Tensor | None, weight: Tensor,
-    scale: Tensor | None, row_scale: Tensor | None, dtypes: list[torch.dtype], wanted: list[bool],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    outs = _fake_backward(grad_y, grad_h, h, stats, x, weight, scale, row_scale, dtypes, wanted)
-    for_x, for_residual = (out if w else None for out, w in zip(outs, wanted))
+    scale: Tensor | None, row_scale: Tensor | None, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    outs = _fake_backward(grad_y, grad_h, h, stats, x, weight, scale, row_scale, wanted)
+    for_x, for_residual = (out if w else None for out, w in zip(outs[:2], wanted, strict=True))
     grad_y, grad_h, h, x = (None if t is None else t.contiguous() for t in (grad_y, grad_h, h, x))
     weight, scale, row_scale = _floats(weight, scale, row_scale)
     width, kinds = h.shape[-1], native_library.DTYPES
@@ -62,7 +62,7 @@ def _backward(
 
 def _save(ctx, inputs, output) -> None:
     x, residual, weight, bias, scale, row_scale, _ = inputs
-    y, h, stats = output
+    _, h, stats = output
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
     ctx.is_plain = residual is None and scale is None and row_scale is None
@@ -83,9 +83,7 @@ def _differentiate(ctx, grad_y, grad_h, _):
     # An unscaled branch of the stream's dtype has the stream's gradient: written once, given to both.
     is_shared = all(wanted) and scale is None and row_scale is None and ctx.dtypes[0] == ctx.dtypes[1]
     wanted[0] &= not is_shared
-    for_x, for_residual, sums = _gradient(
-        grad_y, grad_h, h, stats, x, weight, scale, row_scale, ctx.dtypes, wanted
-    )
+    for_x, for_residual, sums = _gradient(grad_y, grad_h, h, stats, x, weight, scale, row_scale, wanted)
     parameters = [
         s.to(d) if d is not None and ctx.needs_input_grad[i] else None
         for s, d, i in zip(sums.unbind(), ctx.parameters, (2, 3, 4), strict=True)
@@ -96,7 +94,7 @@ def _differentiate(ctx, grad_y, grad_h, _):
 
 _gradient = define(
     "native_add_layer_norm_backward(Tensor grad_y, Tensor? grad_h, Tensor h, Tensor stats, Tensor? x, Tensor weight,"
-    " Tensor? scale, Tensor? row_scale, ScalarType[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    " Tensor? scale, Tensor? row_scale, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
     backward=no_second_derivative("add_layer_norm"),

@@ -33,9 +33,10 @@ def loss_kernel(
     features_ptr, inverse_ptr, src_ptr, lse_ptr, share_ptr, loss_ptr, length, width, stride_g, stride_l, stride_d, scale,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """Program = (TILE patches, mixture): log-sum-exp, 1 / number of partners (0 without) and loss of each patch."""
-    group = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    """Program = (mixture, TILE patches): log-sum-exp, 1 / number of partners (0 without) and loss of each patch."""
+    tiles = tl.cdiv(length, TILE)
+    group = (tl.program_id(0) // tiles).to(tl.int64)
+    rows = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
     features_ptr += group * stride_g
     inverse_ptr += group * length
     src_ptr += group * length
@@ -75,10 +76,11 @@ def grad_kernel(
     stride_g, stride_l, stride_d, scale,
     DTYPE: tl.constexpr, PRECISION: tl.constexpr, TILE: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
-    """Program = (TILE patches, mixture, OUTER columns). upstream_ptr -> gradient of the mean loss / (G * L)."""
-    group = tl.program_id(1).to(tl.int64)
-    rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    d = tl.program_id(2) * OUTER + tl.arange(0, OUTER)
+    """Program = (mixture, TILE patches), OUTER columns. upstream_ptr -> gradient of the mean loss / (G * L)."""
+    tiles = tl.cdiv(length, TILE)
+    group = (tl.program_id(0) // tiles).to(tl.int64)
+    rows = tl.program_id(0) % tiles * TILE + tl.arange(0, TILE)
+    d = tl.program_id(1) * OUTER + tl.arange(0, OUTER)
     features_ptr += group * stride_g
     inverse_ptr += group * length
     src_ptr += group * length
@@ -128,7 +130,7 @@ def run(features: Tensor, src: Tensor, temperature: float) -> tuple[Tensor, Tens
         features, inverse, length, width, *features.stride(), **row_config(width, features.element_size())
     )
     constants = settings(features, features)
-    loss_kernel[(cdiv(length, constants["TILE"]), groups)](
+    loss_kernel[(groups * cdiv(length, constants["TILE"]),)](
         features, inverse, src.contiguous(), lse, share, loss, length, width, *features.stride(), 1 / temperature,
         **constants, num_warps=constants["TILE"] // 8, num_stages=2,
     )  # fmt: skip
@@ -148,7 +150,7 @@ def run_backward(
     constants = settings(features, features)
     tile = constants["TILE"]
     outer = max(16, min(2 * tile, next_power_of_2(width)))
-    grad_kernel[(cdiv(length, tile), groups, cdiv(width, outer))](
+    grad_kernel[(groups * cdiv(length, tile), cdiv(width, outer))](
         features, inverse, src.contiguous(), lse, share, upstream.float() / (groups * length), grad,
         length, width, *features.stride(), 1 / temperature,
         OUTER=outer, **constants, num_warps=tile // 8, num_stages=2,

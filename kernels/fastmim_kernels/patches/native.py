@@ -83,4 +83,6 @@ def patchify_gather(
         return reference.patchify_gather(
             images, ids, patch_size, mean=mean, std=std, size=size, offset=offset, flip=flip, dtype=dtype
         )
-    return _op(images.detach(), ids, patch_size, mean, std, images.shape[2:] if size is None else size, offset, flip, dtype)
+    return _op(
+        images.detach(), ids, patch_size, mean, std, images.shape[2:] if size is None else size, offset, flip, dtype
+    )

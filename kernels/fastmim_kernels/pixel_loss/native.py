@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import native_library
 from ..patches.native import contiguous, images_shape, levels
-from ..registration import define
+from ..registration import define, no_second_derivative
 from . import KINDS, reference
 
 _masked_pixel_loss = native_library.function("masked_pixel_loss")
@@ -49,6 +49,7 @@ _gradient = define(
     f"native_masked_pixel_loss_backward(Tensor grad, {ARGUMENTS}) -> Tensor",
     _backward,
     lambda grad, pred, *_: pred.new_empty(pred.shape),
+    backward=no_second_derivative("masked_pixel_loss"),
 )
 
 
@@ -65,9 +66,10 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad, _):
     pred, images, ids, offset, flip, gradient = ctx.saved_tensors
     patch_size, mean, std, size, rest = ctx.rest
-    # Given away once only: whoever gets it may add to it in place.
+    # Given away once only: whoever gets it may add to it in place. With create_graph the op below has to see pred, and a
+    # traced weight (no plain Tensor) has no value.
     has_gradient, ctx.has_gradient = ctx.has_gradient, False
-    if not (has_gradient and grad.item() == 1):
+    if not has_gradient or torch.is_grad_enabled() or type(grad) is not Tensor or grad.item() != 1:
         gradient = _gradient(grad, pred, images, ids, patch_size, mean, std, size, offset, flip, *rest)
     return None, gradient, *[None] * 11
 
@@ -107,6 +109,18 @@ def masked_pixel_loss(
     # A compiled graph does not look at weights, so it always does that.
     is_gradient_wanted = pred.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling()
     loss, _ = _loss(
-        is_gradient_wanted, pred, images.detach(), ids_masked, patch_size, mean, std, size, offset, flip, norm, eps, kind
+        is_gradient_wanted,
+        pred,
+        images.detach(),
+        ids_masked,
+        patch_size,
+        mean,
+        std,
+        size,
+        offset,
+        flip,
+        norm,
+        eps,
+        kind,
     )
     return loss

@@ -40,9 +40,7 @@ def _fake_backward(
     batch, rows, width = grad.shape
     shapes = (batch, tokens, width), (width,), (rows, width)
     dtypes = dtype, torch.float32, torch.float32
-    return tuple(
-        grad.new_empty(s if w else (0,), dtype=d) for s, w, d in zip(shapes, wanted, dtypes, strict=True)
-    )
+    return tuple(grad.new_empty(s if w else (0,), dtype=d) for s, w, d in zip(shapes, wanted, dtypes, strict=True))
 
 
 def _backward(

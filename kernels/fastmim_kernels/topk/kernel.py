@@ -85,15 +85,16 @@ def forward_kernel(
     PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, ALL: tl.constexpr, WIDTH: tl.constexpr,
     INNER: tl.constexpr,
 ):  # fmt: skip
-    """Program = (ROWS queries, image and head)."""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
+    """Program = (image and head, ROWS queries)."""
+    tiles = tl.cdiv(length, ROWS)
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    image, head = matrix // heads, matrix % heads
     q_ptr += image * stride_qb + head * stride_qh
     k_ptr += image * stride_kb + head * stride_kh
     v_ptr += image * stride_vb + head * stride_vh
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     is_query = (rows >= prefix) & (rows < length)
-    row = tl.program_id(1).to(tl.int64) * length + rows
+    row = matrix * length + rows
     top, threshold = thresholds(
         q_ptr, k_ptr, rows, length, width, prefix, topk, scale, stride_qn, stride_qd, stride_kn, stride_kd,
         PRECISION, ROWS, ALL, WIDTH, INNER,
@@ -126,7 +127,7 @@ def forward_kernel(
     tl.store(target, out, mask=(rows < length)[:, None] & (d < width)[None, :])
     tl.store(lse_ptr + row, top + tl.log(total), mask=rows < length)
     if labels_ptr is not None:
-        target = count_ptr + tl.program_id(1).to(tl.int64) * (length - prefix) - prefix + rows
+        target = count_ptr + matrix * (length - prefix) - prefix + rows
         tl.store(target, right.to(tl.int64), mask=is_query)
 
 
@@ -139,10 +140,11 @@ def query_grad_kernel(
     stride_ob, stride_oh, stride_on,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program = (ROWS queries, image and head); also writes delta = sum of grad * out per query."""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """Program = (image and head, ROWS queries); also writes delta = sum of grad * out per query."""
+    tiles = tl.cdiv(length, ROWS)
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    image, head = matrix // heads, matrix % heads
+    rows = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     k_ptr += image * stride_kb + head * stride_kh
     v_ptr += image * stride_vb + head * stride_vh
@@ -151,7 +153,7 @@ def query_grad_kernel(
     grad = load_rows(grad_ptr + image * stride_gb + head * stride_gh, rows, d, length, width, stride_gn, stride_gd)
     out = load_rows(out_ptr + own, rows, d, length, width, stride_on, 1)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    row = tl.program_id(1).to(tl.int64) * length + rows
+    row = matrix * length + rows
     tl.store(delta_ptr + row, delta, mask=rows < length)
     lse = tl.load(lse_ptr + row, mask=rows < length, other=0)
     threshold = tl.load(threshold_ptr + row, mask=rows < length, other=0).to(tl.uint32, bitcast=True)
@@ -178,10 +180,11 @@ def key_grad_kernel(
     stride_ob, stride_oh, stride_on,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Program = (KEYS keys, image and head). Tiles are [keys, queries]."""
-    image = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    keys = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    """Program = (image and head, KEYS keys). Tiles are [keys, queries]."""
+    tiles = tl.cdiv(length, KEYS)
+    matrix = (tl.program_id(0) // tiles).to(tl.int64)
+    image, head = matrix // heads, matrix % heads
+    keys = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS)
     d = tl.arange(0, WIDTH)
     q_ptr += image * stride_qb + head * stride_qh
     grad_ptr += image * stride_gb + head * stride_gh
@@ -191,7 +194,7 @@ def key_grad_kernel(
     v_grad = tl.zeros([KEYS, WIDTH], tl.float32)
     for start in range(0, length, ROWS):
         rows = start + tl.arange(0, ROWS)
-        row = tl.program_id(1).to(tl.int64) * length + rows
+        row = matrix * length + rows
         lse = tl.load(lse_ptr + row, mask=rows < length, other=0)
         delta = tl.load(delta_ptr + row, mask=rows < length, other=0)
         threshold = tl.load(threshold_ptr + row, mask=rows < length, other=0).to(tl.uint32, bitcast=True)
@@ -231,7 +234,7 @@ def run(
         # Split numbers take three times the registers.
         most, warps = (32, 8) if q.dtype == torch.float32 else (64, 4)
         rows = max(16, min(most, 8 * HELD // every, next_power_of_2(length)))
-        forward_kernel[(cdiv(length, rows), batch * heads)](
+        forward_kernel[(batch * heads * cdiv(length, rows),)](
             q, k, v, None if labels is None else labels.contiguous(), out, lse, threshold, count,
             heads, length, width, num_prefix, topk, scale,
             *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
@@ -264,7 +267,7 @@ def run_backward(
         delta = torch.empty_like(lse)
         # Split numbers take three times the registers.
         own, other = (32, 32) if q.dtype == torch.float32 else (64, 32)
-        grid = (cdiv(length, own), batch * heads)
+        grid = (batch * heads * cdiv(length, own),)
         options = {
             "PRECISION": precision(q.dtype),
             "WIDTH": max(16, next_power_of_2(width)),

@@ -93,7 +93,7 @@ def _backward(
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, _, ctx.num_prefix, ctx.scale, _ = inputs
-    out, tops, least, counts = output
+    _, tops, least, counts = output
     ctx.mark_non_differentiable(tops, least, counts)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, tops, least)

@@ -1,0 +1,71 @@
+"""`fastmim pack` and `fastmim verify-data`: images in fewer files, and whether all of them can be read."""
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from fastmim_pipelines.index import open_index
+from fastmim_pipelines.pack import pack as write_packed
+from fastmim_pipelines.verify import verify
+
+from fastmim.config import ConfigError
+
+BAD_DATA = 4
+
+
+def pack(
+    data: tyro.conf.Positional[Path],
+    out: tyro.conf.Positional[Path],
+    to: Literal["tar", "beton"],
+    resize: str | None = None,
+    quality: int | None = None,
+    in_chans: int = 3,
+    workers: int | None = None,
+) -> None:
+    """Write images into a folder of tar shards, or into one .beton file; --data takes either.
+
+    Args:
+        data: folder of images, tar shards or a .beton file.
+        out: new folder (tar) or new file (beton).
+        to: format.
+        resize: max:500 makes the longer side at most 500 pixels, short:256 the shorter one; default: bytes are kept.
+        quality: of the JPEG files if they are written anew.
+        in_chans: channels, 1 or 3.
+        workers: processes; default: one per core.
+    """
+    try:
+        packed = write_packed(
+            open_index(data), out, to=to, resize=_resize(resize), quality=quality, in_chans=in_chans, workers=workers
+        )
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
+    print(
+        f"{packed.images} images, {packed.bytes / 2**20:.1f} MiB in {len(packed.files)} files; {len(packed.bad)} left out"
+    )
+
+
+def _resize(text: str | None) -> tuple[str, int] | None:
+    if text is None:
+        return None
+    kind, _, size = text.partition(":")
+    if kind not in ("max", "short") or not size.isdigit():
+        raise ConfigError(f"--resize: expected max:PIXELS or short:PIXELS, got {text}")
+    return kind, int(size)
+
+
+def verify_data(
+    data: tyro.conf.Positional[Path], write_list: Path | None = None, in_chans: int = 3, workers: int | None = None
+) -> None:
+    """Decode every image whole and name the bad ones; exit code 4 if there are any.
+
+    Args:
+        data: folder of images, tar shards or a .beton file.
+        write_list: write the names of the bad images to this file.
+        in_chans: channels that training will ask for.
+        workers: processes; default: one per core.
+    """
+    found = verify(open_index(data), in_chans=in_chans, list_path=write_list, workers=workers)
+    print(f"{found.images} images read, {len(found.bad)} bad, {len(found.damage)} damaged files of many images")
+    if found.bad or found.damage:
+        sys.exit(BAD_DATA)
