@@ -85,7 +85,11 @@ def plain(case, device):
     """The function of plain_torch that computes ``case``, or None where it has none for these arguments."""
     function = getattr(plain_torch, case.function, None)
     inputs = case.inputs(device)
-    if function is None or set(inputs) - set(inspect.signature(function).parameters) or inputs.get("labels") is not None:
+    if (
+        function is None
+        or set(inputs) - set(inspect.signature(function).parameters)
+        or inputs.get("labels") is not None
+    ):
         return None
     if case.function != "random_masking":  # other random numbers
         got = cases.call(function, case, case.inputs(device))
@@ -111,21 +115,31 @@ def rows():
         path.with_suffix(".md").write_text(table(kept))
 
 
+HEAD = """# Kernels
+
+Written by `FASTMIM_BENCH_OUT=bench/results/kernels-cpu.jsonl pytest bench/bench_kernels.py`. Medians of n interleaved
+rounds in ms, forward + backward (forward alone where an op has no gradient). eager, compile: the plain torch of
+`bench/plain_torch.py`, as it is and through torch.compile. reference, native, triton: the backends of `fastmim_kernels`.
+The ratios are those of plain torch to the backend that runs by default.
+"""
+
+
 def table(rows):
-    """Markdown: one line per case; ratios are how many times as fast as eager and compiled torch the best of ours is."""
-    lines = [f"# Kernels\n\nMedians in ms of forward + backward (forward where there is no gradient), written by\n`pytest bench/bench_kernels.py`: {inspect.cleandoc(__doc__).splitlines()[2]}\n"]
-    for setting in dict.fromkeys(row["setting"] for row in rows):
-        own = [row for row in rows if row["setting"] == setting]
+    """Markdown: one line per case, one table per machine."""
+    lines = [HEAD]
+    for where in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == where]
         shown = [c for c in COLUMNS if any(c in row["ms"] for row in own)]
-        lines += [f"\n{setting}\n", "| op | case | n | " + " | ".join(shown) + " | vs eager | vs compile |"]
+        lines += [f"{where}\n", f"| op | case | n | {' | '.join(shown)} | vs eager | vs compile |"]
         lines.append("|---|---|---|" + "---|" * (len(shown) + 2))
         for row in own:
             ms = row["ms"]
-            best = min(ms[c] for c in ("native", "triton", "reference") if c in ms) if not ("native" in ms or "triton" in ms) else ms.get("triton", ms.get("native"))
-            ratios = [f"{ms[c] / best:.1f}x" if c in ms else "" for c in ("eager", "compile")]
+            ours = next(ms[c] for c in ("triton", "native", "reference") if c in ms)
+            ratios = [f"{ms[c] / ours:.1f}x" if c in ms else "" for c in ("eager", "compile")]
             values = [f"{ms[c]:.2f}" if c in ms else "" for c in shown]
-            lines.append("| " + " | ".join([row["function"], row["case"], str(row["n"]), *values, *ratios]) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append(f"| {' | '.join([row['function'], row['case'], str(row['n']), *values, *ratios])} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def setting(device):

@@ -65,7 +65,12 @@ class DaliLoader(CropLoader):
     """
 
     def __init__(
-        self, data: str | os.PathLike[str] | ImageIndex, crops: Sequence[CropSpec], *, workers: int | None = 0, **options: Any
+        self,
+        data: str | os.PathLike[str] | ImageIndex,
+        crops: Sequence[CropSpec],
+        *,
+        workers: int | None = 0,
+        **options: Any,
     ):
         index = open_index(data) if isinstance(data, str | os.PathLike) else data
         super().__init__(index, crops, reader_class=DaliReader, **one_thread(workers, options))

@@ -30,7 +30,9 @@ def import_or_advise(module: str, package: str, name: str) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as e:
-        raise ModuleNotFoundError(f"loader: {name} needs {package}, which does not import ({e}); pip install {package}") from e
+        raise ModuleNotFoundError(
+            f"loader: {name} needs {package}, which does not import ({e}); pip install {package}"
+        ) from e
 
 
 def one_thread(workers: int | None, options: dict[str, Any]) -> dict[str, Any]:
