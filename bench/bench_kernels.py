@@ -16,6 +16,7 @@ import os
 import pathlib
 import platform
 import statistics
+import subprocess
 import time
 
 import plain_torch
@@ -142,6 +143,12 @@ def table(rows):
     return "\n".join(lines)
 
 
+def commit():
+    """The checkout that was measured; "+" where it differs from that commit."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() or "unknown"
+
+
 def setting(device):
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
@@ -173,5 +180,5 @@ def bench_op(op, case, device, rows, monkeypatch):
     rows.append({
         "function": case.function, "case": case.name, "device": device.type, "setting": setting(device),
         "n": len(provider.seconds), "ms": {name: round(p.ms, 4) for name, p in providers.items()},
-        "bytes_moved": case.bytes_moved, "flops": case.flops,
+        "bytes_moved": case.bytes_moved, "flops": case.flops, "commit": commit(),
     })  # fmt: skip

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ USAGE = """fastmim COMMAND ...
 
 # Exit codes: 0 done, 2 usage, 3 no valid checkpoint, 4 bad data, 5 non-finite, 6 storage, 75 saved on a signal. Errors
 # carry theirs as `exit_code`.
+# How long another rank that failed leaves rank 0 to say why.
+GRACE_SECONDS = 5
 USAGE_ERROR, NO_CHECKPOINT, STORAGE_ERROR, SAVED_ON_SIGNAL = 2, 3, 6, 75
 
 
@@ -53,8 +56,11 @@ def _fail(error: Exception, code: int) -> int:
     if os.environ.get("RANK", "0") == "0" or code not in (USAGE_ERROR, NO_CHECKPOINT):
         print(f"error: {error}", file=sys.stderr, flush=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Other ranks may wait for this one in a collective: leave without the farewell that would wait, too.
+        # Other ranks may wait for this one in a collective: leave without the farewell that would wait, too. But not
+        # before rank 0 has spoken: a launcher ends all processes with the first one.
         sys.stdout.flush()
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(GRACE_SECONDS)
         os._exit(code)
     return code
 

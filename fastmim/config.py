@@ -127,7 +127,7 @@ class TrainConfig:
     val_data: Path | None = None
     """Folder of validation images, one folder per class: k-NN accuracy is measured on it."""
     loader: str = "auto"
-    """auto, folder, tar, ffcv (a .beton file), or synthetic (random images, for timing)."""
+    """auto, folder, tar, ffcv (a .beton file), hf, dali, nvimgcodec, or synthetic (random images, for timing)."""
     workers: int | None = None
     """Decoding processes per rank. Default: from the cores at hand."""
     on_bad_image: Literal["error", "skip"] = "error"

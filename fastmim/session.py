@@ -91,7 +91,9 @@ class Session:
 
     def _index(self, data: Path) -> ImageIndex:
         try:
-            return open_index(data, "auto" if self.config.loader == "synthetic" else self.config.loader)
+            # dali and nvimgcodec decode whatever there is.
+            kind = self.config.loader if self.config.loader in ("folder", "tar", "ffcv", "hf") else "auto"
+            return open_index(data, kind)
         except ValueError as e:
             raise ConfigError(str(e)) from e
 

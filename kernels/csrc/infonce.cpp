@@ -4,6 +4,16 @@
 #include "functions.h"
 
 namespace fastmim {
+namespace {
+
+// By value, so that nothing in the loop can alias the row: it would not be vectorized.
+inline void exponentials(float* row, float high, float factor, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) row[i] = exponential((row[i] - high) * factor);
+}
+
+}  // namespace
+
 // logits (rows, N), to be divided by `temperature`; the label of row r is first_label + r. losses (rows,) receives each
 // row's loss; with is_gradient_wanted the logits become `weight` times its gradient by the undivided logits.
 static Status cross_entropy_rows(float* logits, int64_t rows, int64_t n, int64_t first_label, double temperature,
@@ -19,8 +29,7 @@ static Status cross_entropy_rows(float* logits, int64_t rows, int64_t n, int64_t
       const auto value = [=](int64_t i) { return row[i]; };
       const double average = smoothing > 0 ? static_cast<double>(reduce(n, value)) * factor / static_cast<double>(n) : 0;
       const float high = largest(row, n);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) row[i] = exponential((row[i] - high) * factor);
+      exponentials(row, high, factor, n);
       const float total = reduce(n, value);
       losses[r] = std::log(static_cast<double>(total)) + static_cast<double>(high) * factor -
                   (1 - smoothing) * for_label - smoothing * average;

@@ -119,5 +119,6 @@ def check_patches(h: int, w: int, patch_size: int) -> int:
 
 def check_positive(name: str, value: float) -> None:
     """``value`` must be finite and above 0."""
-    if not (math.isfinite(value) and value > 0):
+    # Not math.isfinite, which torch.compile cannot trace where a float is dynamic.
+    if not 0 < value < math.inf:
         raise fail(name, "a finite number above 0", value, f"correct {name}")

@@ -15,11 +15,12 @@ from .spec import Batch, CropSpec, DataError, Loader
 __all__ = ["LOADERS", "Batch", "CropSpec", "DataError", "Loader", "make_loader"]
 
 # Every loader there is: name -> (module, class). Modules are imported when asked for.
-# The first three read what their names say; dali and nvimgcodec decode what any of the three reads.
+# The first four read what their names say; dali and nvimgcodec decode what any of the four reads.
 LOADERS = {
     "folder": ("folder", "FolderLoader"),
     "tar": ("tar", "TarLoader"),
     "ffcv": ("ffcv_file", "BetonLoader"),
+    "hf": ("hf", "HfLoader"),
     "dali": ("dali", "DaliLoader"),
     "nvimgcodec": ("nvimgcodec", "NvimgcodecLoader"),
     "synthetic": ("synthetic", "SyntheticLoader"),

@@ -104,7 +104,7 @@ class CropReader:
             try:
                 picture = read_picture(images[number], self.in_chans, names[number])
             except DataError as e:
-                errors[number] = e
+                errors[number] = e.alone()
                 return
             boxes = boxes_of(number, picture.width, picture.height)
             for (size, filter), box, array in zip(self.crops, boxes, out):

@@ -94,7 +94,7 @@ class DeviceReader:
             try:
                 picture = read_picture(images[number], self.in_chans, names[number])
             except DataError as e:
-                errors[number] = e
+                errors[number] = e.alone()
                 continue
             for (size, filter), box, tensor in zip(self.crops, boxes_of(number, picture.width, picture.height), out):
                 tensor[number] = torch.from_numpy(np.ascontiguousarray(picture.crop(box, size, filter)))

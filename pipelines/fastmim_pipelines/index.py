@@ -217,8 +217,8 @@ def open_index(
     """The list of images at a path.
 
     Args:
-        loader: folder, tar or ffcv; auto: a .beton file is for ffcv, a .tar file or a folder with such files at its top
-            for tar, everything else for folder.
+        loader: folder, tar, ffcv or hf; auto: a .beton file is for ffcv, a .tar file or a folder with such files at its
+            top for tar, likewise .parquet and what `datasets` has saved for hf, everything else for folder.
         classes: see FolderIndex.
     Raises:
         ValueError: another loader. DataError: see the indices.
@@ -233,21 +233,29 @@ def open_index(
     return getattr(import_module(f".{module}", __package__), name)(data, classes=classes)
 
 
-_INDICES = {"folder": ("index", "FolderIndex"), "tar": ("tar", "TarIndex"), "ffcv": ("ffcv_file", "BetonIndex")}
+_INDICES = {
+    "folder": ("index", "FolderIndex"),
+    "tar": ("tar", "TarIndex"),
+    "ffcv": ("ffcv_file", "BetonIndex"),
+    "hf": ("hf", "HfIndex"),
+}
 
 
 def _kind_at(path: str) -> str:
-    if path.lower().endswith(".beton"):
-        return "ffcv"
-    if path.lower().endswith(".tar"):
-        return "tar"
+    """By its ending, or by what lies at the top of a folder."""
+    kinds = {".beton": "ffcv", ".tar": "tar", ".parquet": "hf"}
+    ending = os.path.splitext(path)[1].lower()
+    if ending in kinds and not os.path.isdir(path):
+        return kinds[ending]
     try:
         with os.scandir(path) as entries:
-            return (
-                "tar" if any(entry.name.lower().endswith(".tar") and entry.is_file() for entry in entries) else "folder"
-            )
+            names = {entry.name.lower() for entry in entries if entry.is_file()}
     except OSError:
         return "folder"  # which says what is wrong
+    if {"dataset_info.json", "state.json"} <= names:
+        return "hf"
+    endings = {os.path.splitext(name)[1] for name in names}
+    return next((kinds[ending] for ending in (".tar", ".parquet") if ending in endings), "folder")
 
 
 def _images_below(root: str) -> Iterator[str]:

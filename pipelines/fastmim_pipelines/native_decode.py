@@ -56,7 +56,7 @@ class NativeDecoder:
         self._library, self.libjpeg = library, libjpeg
 
     def open(self, images: Sequence[Encoded], threads: int = 1) -> NativeBatch:
-        """Read files and their headers. `images` must be all of one kind."""
+        """Read files and their headers; fastest if all images are given in one way."""
         return NativeBatch(self._library, images, threads)
 
 
@@ -81,7 +81,9 @@ class NativeBatch:
             offsets, sizes = numbers[0].copy(), numbers[1].copy()
             descriptors, raw_sizes = numbers[2].astype(np.int32), np.ascontiguousarray(numbers[3:].T, np.int32)
         else:
-            arrays = [np.frombuffer(image, np.uint8) for image in images]
+            # Of several kinds, what is not at hand is left to Pillow.
+            at_hand = [b"" if isinstance(image, str | FileSpan) else image for image in images]
+            arrays = [np.frombuffer(image, np.uint8) for image in at_hand]
             data = (ctypes.c_void_p * count)(*(array.ctypes.data for array in arrays))
             sizes = np.array([array.size for array in arrays], np.int64)
         limit = Image.MAX_IMAGE_PIXELS

@@ -78,6 +78,10 @@ class DataError(Exception):
         super().__init__(message)
         self.path, self.reason, self.exit_code = path, reason, exit_code
 
+    def alone(self) -> DataError:
+        """Without its traceback, whose frames keep the picture in memory until the garbage collector finds the circle."""
+        return DataError(str(self), path=self.path, reason=self.reason, exit_code=self.exit_code)
+
 
 def printable(path: str) -> str:
     """The path as one harmless line: names with newlines, escapes or broken encoding are shown as Python literals."""

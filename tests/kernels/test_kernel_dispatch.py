@@ -14,22 +14,30 @@ X, IDS = torch.arange(12.0).view(1, 4, 3), torch.tensor([[2, 0]])
 @pytest.fixture
 def add_file(tmp_path, monkeypatch):
     """Puts a file into the folder of op ``gather``, before the one of that name that may be there, for one test."""
-    package = importlib.import_module("fastmim_kernels.gather")
-    names = [f"fastmim_kernels.gather.{name}" for name in ("native", "kernel")]
-    loaded, modules = dict(dispatch.LOADED), {name: sys.modules[name] for name in names if name in sys.modules}
+    folder = "fastmim_kernels.gather"
+
+    class Finder:
+        # First of all finders: that of an editable install knows the real files and asks no path.
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            file = tmp_path / f"{name.rpartition('.')[2]}.py"
+            is_added = name.rpartition(".")[0] == folder and file.exists()
+            return importlib.util.spec_from_file_location(name, file) if is_added else None
+
+    loaded, modules = dict(dispatch.LOADED), {}
 
     def add(name: str, text: str) -> None:
         (tmp_path / f"{name}.py").write_text(text)
-        monkeypatch.setattr(package, "__path__", [str(tmp_path), *package.__path__])
-        sys.modules.pop(f"fastmim_kernels.gather.{name}", None)
+        monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+        modules[f"{folder}.{name}"] = sys.modules.pop(f"{folder}.{name}", None)
         dispatch.LOADED.clear()
-        importlib.invalidate_caches()
         dispatch._missing.cache_clear()
 
     yield add
-    for name in names:
+    for name, module in modules.items():
         sys.modules.pop(name, None)
-    sys.modules.update(modules)
+        if module is not None:
+            sys.modules[name] = module
     dispatch.LOADED.clear()
     dispatch.LOADED.update(loaded)
     dispatch._missing.cache_clear()

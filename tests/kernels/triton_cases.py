@@ -24,6 +24,8 @@ PACKAGE = pathlib.Path(fk.__file__).parent
 OPS = [op for op in dispatch.ops() if (PACKAGE / op / "kernel.py").exists()]
 # What takes over two seconds in the interpreter; the same code runs on smaller sizes.
 SLOW = {
+    ("block_masks", "B3_grid14x14_M195_from16"),
+    ("block_masks", "B2_grid1x9_M4_from1"),
     ("mixing", "G3_L196_M4_P1_D100_float32_float32"),
     ("patch_contrast", "G2_L196_D100_M4_t0.25_float32"),
     ("token_loss", "N300_D16_V100_chunkNone_bias_float32"),
@@ -223,6 +225,13 @@ OPCHECKED = {
     "topk_attention": "topk",
     "random_masking": "masks",
     "patchify_gather": "patches",
+    "add_layer_norm": "layer_norm",
+    "bias_gelu": "activation",
+    "uniform": "philox",
+    "partition": "mixing",
+    "mix_patches": "mixing",
+    "shift_flip_jitter": "views",
+    "block_masking": "block_masks",
 }
 
 
@@ -257,6 +266,32 @@ def step_of_all(x, mask_token, pos, ids, images, q, k, rng, sample):
     pred = fk.gather_tokens(restored, drawn.ids_masked)
     loss = fk.masked_pixel_loss(pred, images, drawn.ids_masked, 2, mean=None, std=None)
     return loss + fk.contrastive_loss(q, k, temperature=0.5) + fk.uniform(rng, sample, 1, 4).sum()
+
+
+def block_of_all(x, stream, weight, qkv, table, src, labels):
+    """What a block of MixedAE, its losses and CAE's head call."""
+    y, stream = fk.add_layer_norm(x, stream, weight, None, prenorm=True)
+    q, k, v = qkv.unbind(2)
+    out = fk.topk_attention(q, k, v, 2, num_prefix=0)
+    y = fk.bias_gelu(y + out.transpose(1, 2).flatten(2), weight)
+    loss = fk.linear_cross_entropy(y.flatten(0, 1), table, None, labels.flatten()).loss
+    return loss + fk.patch_contrastive_loss(stream + y, src, 0.5)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_block_compiles_to_one_graph(dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(block_of_all, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (2, 3):
+        g = cases.generator(7)
+        shapes = ((batch, 5, 8), (batch, 5, 8), (8,), (batch, 2, 3, 5, 4), (6, 8))
+        floats = [torch.randn(s, generator=g).requires_grad_() for s in shapes]
+        rest = (torch.arange(5).expand(batch, -1) % 2, torch.randint(0, 6, (batch, 5), generator=g))
+        grads = []
+        for function in (block_of_all, compiled):
+            loss = function(*floats, *rest)
+            grads.append([loss, *torch.autograd.grad(loss, floats)])
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

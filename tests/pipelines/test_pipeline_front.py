@@ -28,8 +28,8 @@ def data_of(demo_set, tmp_path_factory) -> dict[str, Path]:
 
 
 def test_make_loader_finds_each_loader_by_name(data_of):
-    assert set(fastmim_pipelines.LOADERS) == {*data_of, "synthetic"}
-    for name in fastmim_pipelines.LOADERS:
+    assert set(fastmim_pipelines.LOADERS) == {*data_of, "synthetic", "hf", "dali", "nvimgcodec"}
+    for name in (*data_of, "synthetic"):  # the others: test_pipeline_device.py, test_pipeline_hf.py
         loader, reason = make_loader(name, CROPS, data=data_of.get(name), batch_size=4, seed=3)
         batch = next(iter(loader.epoch(0)))
         assert reason.startswith(f"{name}{':' if name == 'synthetic' else ','} as asked for")
@@ -57,14 +57,16 @@ def test_make_loader_auto_takes_what_fits_the_data_and_says_why(data_of, monkeyp
 
 
 def test_make_loader_names_choices_and_missing_data(data_of):
-    with pytest.raises(ValueError, match=r"expected one of auto, folder, tar, ffcv, synthetic, got 'fast'"):
+    with pytest.raises(
+        ValueError, match=r"expected one of auto, folder, tar, ffcv, hf, dali, nvimgcodec, synthetic, got 'fast'"
+    ):
         make_loader("fast", CROPS, batch_size=4)
     for name in ("auto", "folder"):
         with pytest.raises(ValueError, match=f"data: expected a folder of images for the loader '{name}', got none"):
             make_loader(name, CROPS, batch_size=4)
     with pytest.raises(ValueError, match=r"loader: expected tar for .*, got 'folder'; choose auto"):
         make_loader("folder", CROPS, data=open_index(data_of["tar"]), batch_size=4)
-    with pytest.raises(ValueError, match="loader: expected one of auto, folder, tar, ffcv"):
+    with pytest.raises(ValueError, match="loader: expected one of auto, folder, tar, ffcv, hf for"):
         open_index(data_of["tar"], "synthetic")
 
 

@@ -165,21 +165,24 @@ def test_native_cuts_several_crops_from_one_decode_in_any_number_of_threads(tmp_
             "bytes": datas,
             "views": [memoryview(data) for data in datas],
             "arrays": [np.frombuffer(data, np.uint8) for data in datas],
+            "mixed": [data if i % 3 else str(tmp_path / f"{i}.jpg") for i, data in enumerate(datas)],
             "paths": [str(tmp_path / f"{i}.jpg") for i in range(13)],
             "spans": [
                 FileSpan(str(tmp_path / "all"), offsets[i], len(data), file.fileno() if i % 2 else -1)
                 for i, data in enumerate(datas)
             ],
         }
-        for images in kinds.values():
+        for name, images in kinds.items():
             for threads in (1, 3, 50):
                 outs = [np.zeros((13, 3, *size), np.uint8) for size in sizes]
+                expected = [OTHER_KIND if name == "mixed" and i % 3 == 0 else DONE for i in range(13)]
                 with DECODER.open(images, threads) as batch:
-                    assert batch.status.tolist() == [DONE] * 13
+                    assert batch.status.tolist() == expected
                     batch.crop(boxes, filters, outs)
-                    assert batch.status.tolist() == [DONE] * 13
+                    assert batch.status.tolist() == expected
                 for k in range(3):
-                    for i, data in enumerate(datas):
+                    for i in np.flatnonzero(np.array(expected) == DONE).tolist():
+                        data = datas[i]
                         assert np.array_equal(outs[k][i], by_pillow(data, boxes[k, i], sizes[k], filters[k]))
 
 

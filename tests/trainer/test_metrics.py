@@ -77,7 +77,7 @@ def test_run_directory_holds_what_is_promised(images, tmp_path):
         "method ",
         "engine    single: one process",
         "loader    folder",
-        "kernels   reference",
+        "kernels   ",
         "device    cpu",
     ):
         assert word in done.stdout

@@ -54,7 +54,7 @@ def test_other_channel_counts_train(tmp_path, method, channels, size):
         scan = rng.integers(0, 256, (40, 50, channels) if channels > 1 else (40, 50), dtype=np.uint8)
         np.save(tmp_path / "scans" / f"{i}.npy", scan)
     done = train(["--method", method, "--data", str(tmp_path / "scans"), *FEW, "--in-chans", str(channels), "--image-size",
-                  *size, "--patch-size", "4", "--batch-size", "5", "--steps", "3", "--accumulate", "5" if method == "mae" else "1",
+                  *size, "--patch-size", "4", "--stem", "patch", "--batch-size", "5", "--steps", "3", "--accumulate", "5" if method == "mae" else "1",
                   "--out", str(tmp_path / "run")])  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "k-NN      not measured" in done.stdout

@@ -27,7 +27,10 @@ def run(capsys, *argv: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["trian"], "expected a command (train, knn, linear, record-tokens, pack, verify-data, demo-data, info), got trian; did you mean train?"),
+        (
+            ["trian"],
+            "expected a command (train, knn, linear, record-tokens, pack, verify-data, demo-data, info), got trian; did you mean train?",
+        ),
         (["train", "--batchsize", "3"], "did you mean --batch-size?"),
         (["train", "--method", "mea"], "--method: expected one of cae, cmae, icmae, mae, mixedae, simmim"),
         (["train", "--data", "nowhere", *SMALL], "nowhere"),

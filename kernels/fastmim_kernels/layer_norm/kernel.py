@@ -159,9 +159,22 @@ def fake(x, residual, weight, bias, scale, row_scale, eps: float, is_kept: bool)
 
 
 def run_backward(
-    grad, grad_h, h, mean, rstd, x, weight, scale, row_scale, dtypes: list[torch.dtype], wanted: list[bool]
+    grad,
+    grad_h,
+    h,
+    mean,
+    rstd,
+    x,
+    weight,
+    scale,
+    row_scale,
+    x_dtype: torch.dtype,
+    stream: torch.dtype,
+    wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x_grad, residual_grad, _ = fake_backward(grad, grad_h, h, mean, rstd, x, weight, scale, row_scale, dtypes, wanted)
+    x_grad, residual_grad, _ = fake_backward(
+        grad, grad_h, h, mean, rstd, x, weight, scale, row_scale, x_dtype, stream, wanted
+    )
     width = h.shape[-1]
     count = h.numel() // width
     config = layout(width, BACKWARD_VALUES)
@@ -177,8 +190,10 @@ def run_backward(
     return x_grad, residual_grad, sums.sum(0)
 
 
-def fake_backward(grad, grad_h, h, mean, rstd, x, weight, scale, row_scale, dtypes, wanted) -> tuple[Tensor, ...]:
-    grads = [h.new_empty(h.shape if w else (0,), dtype=d) for d, w in zip(dtypes, wanted, strict=True)]
+def fake_backward(
+    grad, grad_h, h, mean, rstd, x, weight, scale, row_scale, x_dtype, stream, wanted
+) -> tuple[Tensor, ...]:
+    grads = [h.new_empty(h.shape if w else (0,), dtype=d) for d, w in zip((x_dtype, stream), wanted, strict=True)]
     return *grads, h.new_empty((3, h.shape[-1]), dtype=torch.float32)
 
 
@@ -203,7 +218,7 @@ def backward(ctx, grad, grad_h, *_):
     is_shared = all(wanted) and scale is None and row_scale is None and ctx.dtypes[0] == ctx.dtypes[1]
     wanted[0] &= not is_shared
     x_grad, residual_grad, sums = BACKWARD(
-        grad, None if ctx.is_plain else grad_h, h, mean, rstd, x, weight, scale, row_scale, ctx.dtypes, wanted
+        grad, None if ctx.is_plain else grad_h, h, mean, rstd, x, weight, scale, row_scale, *ctx.dtypes, wanted
     )
     parameters = [
         total.to(dtype) if dtype is not None and need else None
@@ -216,7 +231,7 @@ def backward(ctx, grad, grad_h, *_):
 
 BACKWARD = define_triton(
     "triton_add_layer_norm_backward(Tensor grad, Tensor? grad_h, Tensor h, Tensor mean, Tensor rstd, Tensor? x, "
-    "Tensor weight, Tensor? scale, Tensor? row_scale, ScalarType[] dtypes, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    "Tensor weight, Tensor? scale, Tensor? row_scale, ScalarType x_dtype, ScalarType stream, bool[] wanted) -> (Tensor, Tensor, Tensor)",
     run_backward,
     fake_backward,
 )
