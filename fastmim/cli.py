@@ -21,10 +21,10 @@ USAGE = """fastmim COMMAND ...
 
 `fastmim COMMAND --help` lists the options."""
 
-# Exit codes: 0 done, 2 usage, 3 no valid checkpoint, 4 bad data, 5 non-finite, 6 storage, 75 saved on a signal. Errors
-# carry theirs as `exit_code`.
 # How long another rank that failed leaves rank 0 to say why.
 GRACE_SECONDS = 5
+# Exit codes: 0 done, 2 usage, 3 no valid checkpoint, 4 bad data, 5 non-finite, 6 storage, 75 saved on a signal. Errors
+# carry theirs as `exit_code`.
 USAGE_ERROR, NO_CHECKPOINT, STORAGE_ERROR, SAVED_ON_SIGNAL = 2, 3, 6, 75
 
 
