@@ -36,14 +36,14 @@ class EvalReader:
         size: (height, width) of the pictures.
         batch_size: pictures per batch of this rank; the last batch may be smaller.
         rank, world: ranks take contiguous parts, whose sizes differ by at most one.
-        in_chans, workers, threads, pin_memory, timeout_s: as for FolderLoader.
+        in_chans, workers, threads, pin_memory, timeout_s: as for CropLoader.
         limit: use this many images only, spread evenly over the index.
         size_ratio: side of the box by the short side of the image. Source: 224 of 256, the ImageNet protocol.
             None: the whole image, whose aspect becomes that of `size`.
         on_bad_image: "error" stops; "skip" leaves the image out.
     Attributes:
         bad_images: (path, reason) of images left out, without repeats.
-        workers, threads, reason: as for FolderLoader.
+        workers, threads, reason: as for CropLoader.
     Raises:
         DataError: an unusable folder (from the constructor) or image (from the iterator).
     """

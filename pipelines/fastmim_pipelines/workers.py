@@ -39,7 +39,7 @@ def parallelism(
     """How many processes, and how many threads in each of them or, where there is none, in this one.
 
     Args:
-        workers, threads: as asked for, see FolderLoader.
+        workers, threads: as asked for, see CropLoader.
     """
     cores = default_workers(world, trains_on_cpu=not pin_memory)
     if workers is None:
@@ -78,9 +78,10 @@ def answers_of(
     # Several at a time: while one is between two calls of the decoder, the others keep the cores busy.
     at_once = min(threads, _AT_ONCE)
     dataset.reader.threads = -(-threads // at_once)
-    dataset.pins = pin_memory and dataset.reader.device == "cpu"
+    is_on_gpu = str(dataset.reader.device) != "cpu"
+    dataset.pins = pin_memory and not is_on_gpu
     # A thread begins with device 0, where the first page-locked tensor would put a context.
-    prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
+    prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory or is_on_gpu else None
     return ThreadAnswers(dataset, requests, threads=at_once, timeout_s=timeout_s, prepare=prepare)
 
 
