@@ -16,7 +16,7 @@
 namespace fastmim {
 
 // Returned by every exported function; native_library.py turns them into exceptions.
-enum Status : int { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2, BAD_DTYPE = 3 };
+enum Status : int { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2, BAD_DTYPE = 3, NO_HARDWARE = 4 };
 
 // Element types as they cross the C interface; native_library.py has the same numbers.
 enum Dtype : int64_t { UINT8 = 0, FLOAT32 = 1, BFLOAT16 = 2, FLOAT16 = 3 };

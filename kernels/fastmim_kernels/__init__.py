@@ -8,6 +8,7 @@ function.
 
 from .activation import bias_gelu
 from .block_masks import block_masking
+from .dense import linear
 from .depthwise import depthwise_patches
 from .dispatch import backends, chosen
 from .ema import ema_update
@@ -20,6 +21,8 @@ from .patch_contrast import patch_contrastive_loss
 from .patches import patchify_gather
 from .philox import Stream, random_words, uniform
 from .pixel_loss import masked_pixel_loss
+from .qkv import qkv_attention
+from .resize import random_resized_crop
 from .restore import restore_tokens
 from .token_loss import TokenLoss, linear_cross_entropy
 from .topk import topk_attention
@@ -40,13 +43,16 @@ __all__ = [
     "depthwise_patches",
     "ema_update",
     "gather_tokens",
+    "linear",
     "linear_cross_entropy",
     "masked_pixel_loss",
     "mix_patches",
     "partition",
     "patch_contrastive_loss",
     "patchify_gather",
+    "qkv_attention",
     "random_masking",
+    "random_resized_crop",
     "random_words",
     "restore_tokens",
     "shift_flip_jitter",

@@ -1,12 +1,9 @@
 """Which implementation of an op runs: the one place where that is decided.
 
-Default: cuda -> triton, cpu -> native, each where the op has it, else reference.
+Default: cuda -> triton, cpu -> native, each where the op has it and computes in the dtypes at hand, else reference.
 ``FASTMIM_KERNELS=reference|native|triton`` forces one for every op; it is read at each call (``torch.compile`` fixes
-the choice when it traces). An op has a backend when its folder has the file (``native.py``, ``kernel.py``) and that
-file imports; nothing else has to be registered.
-
-No op is registered with torch.library yet: the references are compositions of torch ops, which torch.compile and
-autograd trace.
+the choice between reference and compiled when it traces). An op has a backend when its folder has the file
+(``native.py``, ``kernel.py``) and that file imports; nothing else has to be registered.
 """
 
 import functools
@@ -17,6 +14,7 @@ import pkgutil
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 VARIABLE = "FASTMIM_KERNELS"
 PACKAGE = __name__.rpartition(".")[0]
@@ -24,6 +22,8 @@ PACKAGE = __name__.rpartition(".")[0]
 FILES = {"reference": "reference", "native": "native", "triton": "kernel"}
 # Backend -> the device type that it computes on; the reference computes on any.
 DEVICES = {"native": "cpu", "triton": "cuda"}
+# Dtypes of values that compiled kernels take. They compute in float32, so wider ones are left to the reference.
+COMPUTED = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 # (op, backend) -> module, filled by load().
 LOADED: dict[tuple[str, str], ModuleType] = {}
 
@@ -87,11 +87,49 @@ def backend_of(op: str, device_type: str) -> str:
     return wanted
 
 
-def implementation(op: str, device_type: str) -> ModuleType:
-    """The module that computes ``op`` on tensors of ``device_type``. Raises: as ``backend_of``."""
+def uses_reference(op: str, device: torch.device, *values: Tensor | torch.dtype | None) -> bool:
+    """Whether the reference computes ``op`` on ``device`` from tensors, or to dtypes, like these.
+
+    Raises: as ``backend_of``.
+    """
+    if backend_of(op, device.type) == "reference":
+        return True
+    dtypes = [value.dtype if isinstance(value, Tensor) else value for value in values if value is not None]
+    return any(dtype not in COMPUTED for dtype in dtypes)
+
+
+def reference(op: str) -> ModuleType:
+    """The module of the reference."""
     # Two steps, because torch.compile takes a constant string from an untraced call, but not a module.
-    backend = backend_of(op, device_type)
-    return LOADED[op, backend]
+    _loaded(op, "reference")
+    return LOADED[op, "reference"]
+
+
+@torch.compiler.assume_constant_result
+def _loaded(op: str, backend: str) -> str:
+    return load(op, backend)
+
+
+def compiled_backend(op: str, device_type: str) -> str:
+    """The backend, native or triton, that computes the registered ops of ``op`` on tensors of ``device_type``.
+
+    Raises: NotImplementedError where there is none.
+    """
+    wanted = os.environ.get(VARIABLE, "")
+    if wanted not in DEVICES or _missing(op, wanted, device_type, _is_interpreted()):
+        wanted = next((backend for backend, device in DEVICES.items() if device == device_type), "native")
+    reason = _missing(op, wanted, device_type, _is_interpreted())
+    if reason:
+        raise NotImplementedError(
+            f"{op}: expected a compiled kernel for {device_type} tensors, got none ({reason}); call the function of "
+            "fastmim_kernels, which falls back to torch."
+        )
+    return wanted
+
+
+def compiled(op: str, device_type: str) -> ModuleType:
+    """The module that computes the registered ops of ``op``. Raises: as ``compiled_backend``."""
+    return LOADED[op, compiled_backend(op, device_type)]
 
 
 def chosen(device_type: str) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Finds the C++ library of the CPU kernels (kernels/csrc), loads it and calls its functions.
 
 There is one library per instruction set, and the one for torch's own CPU capability is taken (``ATEN_CPU_CAPABILITY``
-lowers both). It lies in a folder of this package: in an installed wheel beside this file; in an editable install in
+lowers both), or for AVX512 with matrix tiles (AMX). It lies in a folder of this package: in an installed wheel beside this file; in an editable install in
 site-packages; in a plain checkout where ``cmake --install build/native --prefix kernels`` puts it.
 """
 
@@ -31,7 +31,9 @@ class Entry(ctypes.Structure):
 
 def candidates() -> list[pathlib.Path]:
     """Where the library may lie, best first."""
-    names = dict.fromkeys(f"_native_{c}.so" for c in (torch.backends.cpu.get_cpu_capability().lower(), "default"))
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    has_tiles = capability == "avx512" and torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
+    names = dict.fromkeys(f"_native_{c}.so" for c in (["amx"] if has_tiles else []) + [capability, "default"])
     return [pathlib.Path(folder) / name for name in names for folder in sys.modules[__package__].__path__]
 
 
@@ -89,7 +91,7 @@ def function(name: str) -> Callable[..., None]:
     """The C function ``name``: called with numbers, ctypes arrays, None, or tensors, whose addresses are passed.
 
     Raises: ImportError or OSError where the library is missing or too old. The function raises IndexError,
-        MemoryError or TypeError by its status.
+            MemoryError or TypeError by its status, and ImportError where the CPU cannot run it.
     """
     call = _call(library(), name)
 
@@ -99,6 +101,8 @@ def function(name: str) -> Callable[..., None]:
             raise MemoryError(f"{name}: no memory for the kernel's scratch space; use a smaller batch")
         if status == 2:
             raise IndexError(f"{name}: expected ids and offsets inside the image, got one outside; correct them")
+        if status == 4:
+            raise ImportError(f"{name}: this CPU, or this system, has no matrix tiles (AMX)")
         if status:
             raise TypeError(f"{name}: expected a dtype of {[str(d) for d in DTYPES]}, got another; convert the tensor")
 

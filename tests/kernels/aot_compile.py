@@ -25,7 +25,8 @@ os.environ["TRITON_INTERPRET"] = "0"
 import aot_table
 import torch
 import triton
-from fastmim_kernels import cases, dispatch, launch
+from fastmim_kernels import cases, dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -63,22 +64,18 @@ class AbsentGPU:
         return torch.device("cpu")
 
 
-def call_directly(schema, run, fake, save=None, backward=None):
-    """Stands in for ``launch.define_triton``: an op that runs its launcher on meta tensors, with its gradient."""
+class OnAbsentGPU(TorchDispatchMode):
+    """Computes the registered ops of a folder on meta tensors by their Triton launchers."""
 
-    class Op(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            output = run(*inputs)
-            if save is not None:
-                save(ctx, inputs, output)
-            return output
+    def __init__(self, op: str):
+        super().__init__()
+        self.kernels = importlib.import_module(f"{dispatch.PACKAGE}.{op}.kernel")
 
-        @staticmethod
-        def backward(ctx, *grads):
-            return backward(ctx, *grads)
-
-    return run if backward is None else Op.apply
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace != "fastmim":
+            return function(*args, **(kwargs or {}))
+        name = function.name().partition("::")[2]
+        return getattr(self.kernels, name)(*args)
 
 
 @contextlib.contextmanager
@@ -133,7 +130,7 @@ def compile_op(op: str, arch: str, only: str = "") -> list[dict[str, object]]:
         error = ""
         try:
             # Triton prints the whole PTX where ptxas fails.
-            with recording(kernels), contextlib.redirect_stdout(io.StringIO()):
+            with recording(kernels), OnAbsentGPU(op), contextlib.redirect_stdout(io.StringIO()):
                 cases.call(cases.public(case), case, case.inputs(torch.device("meta")))
         except Exception as e:
             lines = [line.strip() for line in str(e).splitlines() if line.strip()]
@@ -156,11 +153,11 @@ def main() -> None:
     parser.add_argument("--json", default="")
     options = parser.parse_args()
 
-    launch.define_triton = call_directly
     # torch.autocast does not know the meta device.
     torch.autocast = lambda *args, **kwargs: contextlib.nullcontext()
     torch.is_autocast_enabled = lambda device_type: False
-    dispatch.implementation = lambda op, device_type: importlib.import_module(f"{dispatch.PACKAGE}.{op}.kernel")
+    # Meta tensors count as those of a GPU.
+    dispatch.backend_of = dispatch.compiled_backend = lambda op, device_type: "triton"
     package = pathlib.Path(dispatch.__file__).parent
     ops = (
         options.ops.split(",")

@@ -95,21 +95,21 @@ def test_forced_backend_without_file_raises(monkeypatch):
 
 
 def test_a_new_file_is_enough_to_be_found(add_file, monkeypatch):
-    add_file("native", "def gather_tokens(x, ids):\n    return 'native'\n")
-    assert fk.gather_tokens(X, IDS) == "native"
+    add_file("native", "def gather_tokens(x, ids):\n    return x.new_full((1, 2, 3), 99)\n")
+    assert (fk.gather_tokens(X, IDS) == 99).all()
     assert fk.chosen("cpu")["gather"] == "native"
     assert fk.backends()["native"][0] and "gather" in fk.backends()["native"][1]
     monkeypatch.setenv(dispatch.VARIABLE, "reference")
-    assert fk.gather_tokens(X, IDS).shape == (1, 2, 3)
+    assert not (fk.gather_tokens(X, IDS) == 99).any()
 
 
 def test_triton_file_serves_cuda_and_the_interpreter_only(add_file, monkeypatch):
-    add_file("kernel", "def gather_tokens(x, ids):\n    return 'triton'\n")
+    add_file("kernel", "def gather_tokens(x, ids):\n    return x.new_full((1, 2, 3), 8)\n")
     assert fk.chosen("cuda")["gather"] == "triton"
     assert fk.chosen("cpu")["gather"] != "triton"
     monkeypatch.setenv(dispatch.VARIABLE, "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert fk.gather_tokens(X, IDS) == "triton"
+    assert (fk.gather_tokens(X, IDS) == 8).all()
 
 
 def test_file_that_does_not_import_is_reported_and_not_used(add_file, monkeypatch):
@@ -124,3 +124,25 @@ def test_file_that_does_not_import_is_reported_and_not_used(add_file, monkeypatc
 def test_dispatch_is_traced_by_compile_as_one_graph():
     compiled = torch.compile(fk.gather_tokens, fullgraph=True, backend="eager")
     assert torch.equal(compiled(X, IDS), fk.gather_tokens(X, IDS))
+
+
+def test_registered_ops_say_so_where_nothing_is_compiled(monkeypatch):
+    """``fastmim::`` ops stand for compiled kernels; the functions fall back to torch."""
+    monkeypatch.setattr(dispatch, "_missing", lambda op, backend, device_type, is_interpreted: "it was not built")
+    with pytest.raises(NotImplementedError, match=r"gather: expected a compiled kernel for cpu .*it was not built"):
+        torch.ops.fastmim.gather_tokens(X, IDS)
+    monkeypatch.setattr(dispatch, "backend_of", lambda op, device_type: "reference")
+    assert fk.gather_tokens(X, IDS)[0, 0, 0] == 6
+
+
+def test_every_function_has_one_registered_op():
+    """Namespace fastmim:: holds an op for each function, named like it, and one for its gradient at most."""
+    names = {
+        name.partition("::")[2].partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("fastmim::")
+    }
+    functions = {name for name in fk.__all__ if name[0].islower()} - {"backends", "chosen"}
+    assert names - {f"{name}_backward" for name in functions} == functions - {"random_masking", "cell_masking"} | {
+        "draw_masks"
+    }

@@ -406,16 +406,16 @@ def test_ids_out_of_range_raise_in_the_kernel_too():
     x, ids = random(2, 5, 4), torch.tensor([[0, 4], [5, 1]])
     for bad in (ids, -ids):
         with pytest.raises(IndexError, match="gather_tokens: expected ids and offsets inside"):
-            torch.ops.fastmim.native_gather_tokens(x, bad)
+            torch.ops.fastmim.gather_tokens(x, bad)
         with pytest.raises(IndexError):
-            torch.ops.fastmim.native_gather_tokens_backward(random(2, 2, 4), bad, 5)
+            torch.ops.fastmim.gather_tokens_backward(random(2, 2, 4), bad, 5)
         with pytest.raises(IndexError):
-            torch.ops.fastmim.native_patchify_gather(
+            torch.ops.fastmim.patchify_gather(
                 bytes_of(2, 1, 2, 5), bad, 1, None, None, [1, 5], None, None, torch.float32
             )
     with pytest.raises(IndexError):
         offset = torch.tensor([[0, 0], [0, 2]])
-        torch.ops.fastmim.native_patchify_gather(
+        torch.ops.fastmim.patchify_gather(
             bytes_of(2, 1, 2, 5), None, 1, None, None, [1, 4], offset, None, torch.float32
         )
 

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton, next_power_of_2
-from . import reference
+from ..launch import cdiv, next_power_of_2
+from . import allocate, allocate_backward
 
 # Rows per program of the forward pass, and that one of the backward pass reads at a time.
 ROWS = 4
@@ -64,8 +64,8 @@ def layout(width: int, itemsize: int) -> dict[str, int]:
     return {"ROWS": ROWS, "BLOCK": block, "num_warps": max(1, min(4, ROWS * block * itemsize // 1024))}
 
 
-def run(x: Tensor, bias: Tensor | None) -> Tensor:
-    out = fake(x, bias)
+def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
+    out = allocate(x, bias)
     if out.numel():
         rows = x.reshape(-1, x.shape[-1])
         config = layout(rows.shape[1], x.element_size())
@@ -75,15 +75,11 @@ def run(x: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def fake(x: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def run_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    x_grad = x.new_empty(x.shape)
+def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    x_grad, bias_grad = allocate_backward(grad, x, bias)
     width = x.shape[-1]
     if not x.numel():
-        return x_grad, x.new_zeros(width if bias is not None else 0, dtype=torch.float32)
+        return x_grad, bias_grad.zero_()
     rows, grad = x.reshape(-1, width), grad.reshape(-1, width)
     # About 16 chunks per multiprocessor and block of columns: enough work for all, and few partial sums.
     chunk = cdiv(cdiv(rows.shape[0], 256), ROWS) * ROWS
@@ -94,31 +90,4 @@ def run_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, 
         grad, rows, None if bias is None else bias.contiguous(), x_grad, bias_sum, *rows.shape, chunk,
         *grad.stride(), *rows.stride(), **config,
     )  # fmt: skip
-    return x_grad, bias_sum.sum(0)
-
-
-def fake_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[-1] if bias is not None else 0, dtype=torch.float32)
-
-
-def save(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    x, bias = ctx.saved_tensors
-    x_grad, bias_grad = BACKWARD(grad, x, bias)
-    return x_grad, None if bias is None else bias_grad.to(bias.dtype)
-
-
-BACKWARD = define_triton(
-    "triton_bias_gelu_backward(Tensor grad, Tensor x, Tensor? bias) -> (Tensor, Tensor)", run_backward, fake_backward
-)
-FORWARD = define_triton("triton_bias_gelu(Tensor x, Tensor? bias) -> Tensor", run, fake, save, backward)
-
-
-def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """See the public function. float64 is left to the reference: these kernels compute in float32."""
-    if torch.float64 in (x.dtype, None if bias is None else bias.dtype):
-        return reference.bias_gelu(x, bias)
-    return FORWARD(x, bias)
+    return x_grad, torch.sum(bias_sum, 0, out=bias_grad)

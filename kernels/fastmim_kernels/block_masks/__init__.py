@@ -1,12 +1,19 @@
 """Block masks: rectangles of patches are hidden until an exact number is, drawn from (seed, step, sample id)."""
 
+import math
+
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_rng, fail
 from ..masks import MAX_PATCHES, MaskIds
+from ..registration import define
 
 __all__ = ["block_masking"]
+
+# Patches that a GPU's program can hold; larger grids are left to the reference there.
+MAX_HELD = 1024
 
 
 def block_masking(
@@ -53,6 +60,23 @@ def block_masking(
         raise fail("min_block", "at least 1 patch", min_block, "correct min_block")
     if not 0 < aspect[0] <= aspect[1] < float("inf"):
         raise fail("aspect", "0 < lowest <= highest", aspect, "correct aspect")
-    return dispatch.implementation("block_masks", ids.device.type).block_masking(
-        rng, ids, (h, w), num_masked, min_block=min_block, aspect=tuple(aspect)
-    )
+    is_too_large = ids.device.type == "cuda" and h * w > MAX_HELD
+    if is_too_large or dispatch.uses_reference("block_masks", ids.device):
+        return dispatch.reference("block_masks").block_masking(
+            rng, ids, (h, w), num_masked, min_block=min_block, aspect=tuple(aspect)
+        )
+    return MaskIds(*BLOCK_MASKS(rng, ids, h, w, num_masked, min_block, *(math.log(a) for a in aspect)))
+
+
+def allocate(rng: Tensor, ids: Tensor, rows, columns, num_masked, min_block, low, high) -> tuple[Tensor, ...]:
+    batch, length = ids.shape[0], rows * columns
+    keep, masked, restore = (ids.new_empty((batch, n)) for n in (length - num_masked, num_masked, length))
+    return keep, masked, restore, ids.new_empty((batch, length), dtype=torch.float32)
+
+
+BLOCK_MASKS = define(
+    "block_masks",
+    "block_masking(Tensor rng, Tensor ids, int rows, int columns, int num_masked, int min_block, float low, float high)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    allocate,
+)

@@ -3,21 +3,15 @@
 The reference's rounds as they are: the tries of a round see the same mask, and the first that fits is taken.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import define_triton, next_power_of_2
-from ..masks import MaskIds
+from ..launch import next_power_of_2
 from ..masks.kernel import word_of
 from ..philox import Stream
-from . import reference
-
-# A program looks at TRIES * patches places at once; larger grids are left to the reference.
-MAX_PATCHES = 1024
+from . import allocate, reference
 
 
 @triton.jit
@@ -119,10 +113,10 @@ def block_mask_kernel(
     tl.store(masked_ptr + image * num_masked + before, patch.to(tl.int64), mask=is_masked)
 
 
-def run(
+def block_masking(
     rng: Tensor, ids: Tensor, rows: int, columns: int, num_masked: int, min_block: int, low: float, high: float
 ) -> tuple[Tensor, ...]:
-    out = fake(rng, ids, rows, columns, num_masked, min_block, low, high)
+    out = allocate(rng, ids, rows, columns, num_masked, min_block, low, high)
     if ids.shape[0]:
         length = rows * columns
         block = max(16, next_power_of_2(length))
@@ -135,32 +129,3 @@ def run(
             BLOCK=block, OTHERS=16, num_warps=max(1, min(8, block // 64)),
         )  # fmt: skip
     return out
-
-
-def fake(rng: Tensor, ids: Tensor, rows, columns, num_masked, min_block, low, high) -> tuple[Tensor, ...]:
-    batch, length = ids.shape[0], rows * columns
-    keep, masked, restore = (ids.new_empty((batch, n)) for n in (length - num_masked, num_masked, length))
-    return keep, masked, restore, ids.new_empty((batch, length), dtype=torch.float32)
-
-
-BLOCK_MASK = define_triton(
-    "triton_block_mask(Tensor rng, Tensor ids, int rows, int columns, int num_masked, int min_block, float low, "
-    "float high) -> (Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-)
-
-
-def block_masking(
-    rng: Tensor,
-    ids: Tensor,
-    grid: tuple[int, int],
-    num_masked: int,
-    *,
-    min_block: int = 16,
-    aspect: tuple[float, float] = (0.3, 1 / 0.3),
-) -> MaskIds:
-    """See the public function. Grids of more than 1024 patches are left to the reference."""
-    if grid[0] * grid[1] > MAX_PATCHES:
-        return reference.block_masking(rng, ids, grid, num_masked, min_block=min_block, aspect=aspect)
-    return MaskIds(*BLOCK_MASK(rng, ids, *grid, num_masked, min_block, *(math.log(a) for a in aspect)))

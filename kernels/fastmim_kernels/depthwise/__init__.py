@@ -1,9 +1,11 @@
 """Depthwise convolution of an image of which only some patches are visible, on the patches' own pixels."""
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_ids, check_rank, fail
+from ..registration import define
 
 __all__ = ["depthwise_patches"]
 
@@ -42,4 +44,44 @@ def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tenso
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.device != x.device:
             raise fail(name, f"a tensor on {x.device} like x", tensor.device, "move it")
-    return dispatch.implementation("depthwise", x.device.type).depthwise_patches(x, ids, weight, bias, grid)
+    if dispatch.uses_reference("depthwise", x.device, x, weight, bias):
+        return dispatch.reference("depthwise").depthwise_patches(x, ids, weight, bias, grid)
+    return DEPTHWISE(x, ids, weight, bias, grid)
+
+
+def allocate(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tensor, grid: list[int]) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def allocate_backward(
+    grad: Tensor, x: Tensor, ids: Tensor | None, weight: Tensor, grid: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = (weight.shape, weight.shape[:1])
+    return x.new_empty(x.shape), *(weight.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, ids, weight, bias, grid = inputs
+    ctx.save_for_backward(x, ids, weight)
+    ctx.grid, ctx.bias_dtype = grid, bias.dtype
+
+
+def _backward(ctx, grad):
+    x, ids, weight = ctx.saved_tensors
+    x_grad, weight_grad, bias_grad = DEPTHWISE_BACKWARD(grad, x, ids, weight, ctx.grid)
+    return x_grad, None, weight_grad.to(weight.dtype), bias_grad.to(ctx.bias_dtype), None
+
+
+DEPTHWISE_BACKWARD = define(
+    "depthwise",
+    "depthwise_patches_backward(Tensor grad, Tensor x, Tensor? ids, Tensor weight, SymInt[] grid)"
+    " -> (Tensor, Tensor, Tensor)",
+    allocate_backward,
+)
+DEPTHWISE = define(
+    "depthwise",
+    "depthwise_patches(Tensor x, Tensor? ids, Tensor weight, Tensor bias, SymInt[] grid) -> Tensor",
+    allocate,
+    save=_save,
+    backward=_backward,
+)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import fail
+from ..registration import define
 
 __all__ = ["ema_update"]
 
@@ -49,5 +50,22 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: f
             raise fail("momentum", "a number or a 0-dimensional tensor", tuple(momentum.shape), "pass one value")
     elif not 0 <= momentum <= 1:
         raise fail("momentum", "a number in [0, 1]", momentum, "correct the schedule")
-    if targets:
-        dispatch.implementation("ema", targets[0].device.type).ema_update(targets, onlines, momentum)
+    if not targets:
+        return
+    # Tensors of float64 are left to the reference inside.
+    if dispatch.uses_reference("ema", targets[0].device):
+        dispatch.reference("ema").ema_update(targets, onlines, momentum)
+        return
+    with torch.no_grad():
+        if isinstance(momentum, Tensor):
+            weight = (1 - momentum).to(torch.float32)
+        else:
+            weight = torch.full((), 1 - momentum, dtype=torch.float32, device=targets[0].device)
+        EMA(list(targets), list(onlines), weight)
+
+
+EMA = define(
+    "ema",
+    "ema_update(Tensor(a!)[] targets, Tensor[] onlines, Tensor weight) -> ()",
+    lambda targets, onlines, weight: None,
+)

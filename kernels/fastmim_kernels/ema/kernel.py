@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton
+from ..launch import cdiv
 from . import reference
 
 # Values per program.
@@ -60,7 +60,8 @@ def is_same_and_dense(a: Tensor, b: Tensor) -> bool:
     return a.stride() == b.stride() and reach + 1 == a.numel()
 
 
-def run(targets: Sequence[Tensor], onlines: Sequence[Tensor], weight: Tensor) -> None:
+def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], weight: Tensor) -> None:
+    """Tensors with gaps or of float64 are left to the reference."""
     groups = defaultdict(list)
     others: list[tuple[Tensor, Tensor]] = []
     for t, o in zip(targets, onlines, strict=True):
@@ -80,20 +81,3 @@ def run(targets: Sequence[Tensor], onlines: Sequence[Tensor], weight: Tensor) ->
         )
     if others:
         reference.ema_update(*zip(*others, strict=True), 1 - weight.double())
-
-
-UPDATE = define_triton(
-    "triton_ema_update(Tensor(a!)[] targets, Tensor[] onlines, Tensor weight) -> ()",
-    run,
-    lambda targets, onlines, weight: None,
-)
-
-
-@torch.no_grad()
-def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: float | Tensor) -> None:
-    """See the public function. Tensors with gaps or of float64 are left to the reference."""
-    if isinstance(momentum, Tensor):
-        weight = (1 - momentum).to(torch.float32)
-    else:
-        weight = torch.full((), 1 - momentum, dtype=torch.float32, device=targets[0].device)
-    UPDATE(list(targets), list(onlines), weight)

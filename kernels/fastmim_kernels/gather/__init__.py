@@ -4,6 +4,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_ids, check_rank
+from ..registration import define
 
 __all__ = ["gather_tokens"]
 
@@ -23,4 +24,37 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     """
     check_rank("x", x, "(B, L, D)")
     check_ids("ids", ids, x.shape[0], x.shape[1], x.device)
-    return dispatch.implementation("gather", x.device.type).gather_tokens(x, ids)
+    if dispatch.uses_reference("gather", x.device, x):
+        return dispatch.reference("gather").gather_tokens(x, ids)
+    return GATHER(x, ids)
+
+
+def allocate(x: Tensor, ids: Tensor) -> Tensor:
+    return x.new_empty((*ids.shape, x.shape[2]))
+
+
+def allocate_backward(grad: Tensor, ids: Tensor, length: int) -> Tensor:
+    return grad.new_empty((grad.shape[0], length, grad.shape[2]))
+
+
+def _save(ctx, inputs, output) -> None:
+    x, ids = inputs
+    ctx.save_for_backward(ids)
+    ctx.length = x.shape[1]
+
+
+# A linear op: the gradient of its gradient is the op itself.
+SCATTER = define(
+    "gather",
+    "gather_tokens_backward(Tensor grad, Tensor ids, SymInt length) -> Tensor",
+    allocate_backward,
+    save=lambda ctx, inputs, output: ctx.save_for_backward(inputs[1]),
+    backward=lambda ctx, grad: (GATHER(grad, *ctx.saved_tensors), None, None),
+)
+GATHER = define(
+    "gather",
+    "gather_tokens(Tensor x, Tensor ids) -> Tensor",
+    allocate,
+    save=_save,
+    backward=lambda ctx, grad: (SCATTER(grad, *ctx.saved_tensors, ctx.length), None),
+)

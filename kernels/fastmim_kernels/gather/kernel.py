@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton, next_power_of_2, row_config
+from ..launch import cdiv, next_power_of_2, row_config
+from . import allocate, allocate_backward
 
 # Rows of the gradient that one program looks up and writes.
 ROWS = 4
@@ -50,10 +51,10 @@ def scatter_kernel(
     tl.store(target, values, mask=(rows < length)[:, None] & inside)
 
 
-def run_forward(x: Tensor, ids: Tensor) -> Tensor:
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     batch, _, width = x.shape
     keep = ids.shape[1]
-    out = fake_forward(x, ids)
+    out = allocate(x, ids)
     if out.numel():
         config = row_config(width, x.element_size())
         grid = (batch * keep, cdiv(width, config["BLOCK"]))
@@ -61,13 +62,9 @@ def run_forward(x: Tensor, ids: Tensor) -> Tensor:
     return out
 
 
-def fake_forward(x: Tensor, ids: Tensor) -> Tensor:
-    return x.new_empty((*ids.shape, x.shape[2]))
-
-
-def run_backward(grad: Tensor, ids: Tensor, length: int) -> Tensor:
+def gather_tokens_backward(grad: Tensor, ids: Tensor, length: int) -> Tensor:
     batch, keep, width = grad.shape
-    out = fake_backward(grad, ids, length)
+    out = allocate_backward(grad, ids, length)
     if out.numel():
         config = row_config(width, grad.element_size() * ROWS)
         grid = (batch * cdiv(length, ROWS), cdiv(width, config["BLOCK"]))
@@ -76,38 +73,3 @@ def run_backward(grad: Tensor, ids: Tensor, length: int) -> Tensor:
             grad, ids.contiguous(), out, keep, length, width, *grad.stride(), ROWS=ROWS, KEEP=block, **config
         )
     return out
-
-
-def fake_backward(grad: Tensor, ids: Tensor, length: int) -> Tensor:
-    return grad.new_empty((grad.shape[0], length, grad.shape[2]))
-
-
-def save(ctx, inputs, output) -> None:
-    x, ids = inputs
-    ctx.save_for_backward(ids)
-    ctx.length = x.shape[1]
-
-
-def save_backward(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[1])
-
-
-BACKWARD = define_triton(
-    "triton_gather_tokens_backward(Tensor grad, Tensor ids, SymInt length) -> Tensor",
-    run_backward,
-    fake_backward,
-    save_backward,
-    lambda ctx, grad: (FORWARD(grad, ctx.saved_tensors[0]), None, None),
-)
-FORWARD = define_triton(
-    "triton_gather_tokens(Tensor x, Tensor ids) -> Tensor",
-    run_forward,
-    fake_forward,
-    save,
-    lambda ctx, grad: (BACKWARD(grad, ctx.saved_tensors[0], ctx.length), None),
-)
-
-
-def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
-    """See the public function."""
-    return FORWARD(x, ids)

@@ -1,9 +1,11 @@
 """InfoNCE between online and target vectors."""
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_positive, check_rank, fail
+from ..registration import define, refuse_second_derivative
 
 __all__ = ["contrastive_loss"]
 
@@ -44,6 +46,43 @@ def contrastive_loss(
     check_positive("temperature", temperature)
     if not 0 <= label_smoothing < 1:
         raise fail("label_smoothing", "a number in [0, 1)", label_smoothing, "correct label_smoothing")
-    return dispatch.implementation("infonce", q.device.type).contrastive_loss(
-        q, k, offset=offset, temperature=temperature, label_smoothing=label_smoothing
-    )
+    if dispatch.uses_reference("infonce", q.device, q, k):
+        return dispatch.reference("infonce").contrastive_loss(
+            q, k, offset=offset, temperature=temperature, label_smoothing=label_smoothing
+        )
+    is_gradient_wanted = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    return CONTRASTIVE_LOSS(q, k, offset, temperature, label_smoothing, is_gradient_wanted)[0]
+
+
+def allocate(
+    q: Tensor, k: Tensor, offset: int, temperature: float, label_smoothing: float, is_gradient_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss and its gradients for a weight of 1: all of float32, since they are small beside the logits."""
+    shapes = ((), q.shape, k.shape) if is_gradient_wanted else ((), (0,), (0,))
+    return tuple(q.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, *_ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+    ctx.dtypes = q.dtype, k.dtype
+
+
+def _backward(ctx, grad, *_):
+    if torch.is_grad_enabled():
+        refuse_second_derivative("contrastive_loss")
+    wanted = ctx.needs_input_grad[:2]
+    grads = ((grad * g).to(d) if w else None for g, d, w in zip(ctx.saved_tensors, ctx.dtypes, wanted, strict=True))
+    return *grads, None, None, None, None
+
+
+CONTRASTIVE_LOSS = define(
+    "infonce",
+    "contrastive_loss(Tensor q, Tensor k, SymInt offset, float temperature, float label_smoothing,"
+    " bool is_gradient_wanted) -> (Tensor, Tensor, Tensor)",
+    allocate,
+    save=_save,
+    backward=_backward,
+)

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton, next_power_of_2
-from . import reference
+from ..launch import cdiv, next_power_of_2
+from . import allocate
 
 # Programs wanted at least: two per multiprocessor of an H200.
 PROGRAMS = 264
@@ -87,21 +87,20 @@ def loss_kernel(
 
 @triton.jit
 def grad_kernel(
-    a_ptr, b_ptr, lse_ptr, upstream_ptr, grad_ptr, count_a, count_b, count_k, width, offset, share,
-    stride_a, stride_ad, stride_b, stride_bd, scale, smoothing,
+    a_ptr, b_ptr, lse_ptr, grad_ptr, count_a, count_b, count_k, width, offset, share,
+    stride_a, stride_ad, stride_b, stride_bd, scale, smoothing, weight,
     OF_KEYS: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     TILE: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a: program = (tile of a's rows, OUTER of its columns, range of ``share`` rows of b).
 
-    (a, b) = (q, k), or (k, q) where OF_KEYS. upstream_ptr -> gradient of the loss / (B * temperature).
+    (a, b) = (q, k), or (k, q) where OF_KEYS. weight: 1 / (B * temperature).
     """
     rows = tl.program_id(0) * TILE + tl.arange(0, TILE)
     first = tl.program_id(2) * share
     last = tl.minimum(first + share, count_b)
     d = tl.program_id(1) * OUTER + tl.arange(0, OUTER)
     grad = tl.zeros([TILE, OUTER], tl.float32)
-    upstream = tl.load(upstream_ptr)
     if not OF_KEYS:
         lse = tl.load(lse_ptr + rows, mask=rows < count_a, other=0)[:, None]
     for start in range(first, last, TILE):
@@ -124,7 +123,7 @@ def grad_kernel(
         )
         grad = dot_of_wide(slope, b, grad, DTYPE, PRECISION)
     target = grad_ptr + (tl.program_id(2).to(tl.int64) * count_a + rows)[:, None] * width + d[None, :]
-    tl.store(target, grad * upstream, mask=(rows < count_a)[:, None] & (d < width)[None, :])
+    tl.store(target, grad * weight, mask=(rows < count_a)[:, None] & (d < width)[None, :])
 
 
 def settings(q: Tensor, k: Tensor) -> dict[str, object]:
@@ -150,11 +149,15 @@ def shares(tiles: int, count: int, tile: int) -> tuple[int, int]:
     return cdiv(count, share), share
 
 
-def run(q: Tensor, k: Tensor, offset: int, temperature: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
+def contrastive_loss(
+    q: Tensor, k: Tensor, offset: int, temperature: float, label_smoothing: float, is_gradient_wanted: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     (batch, width), count = q.shape, k.shape[0]
+    _, for_q, for_k = allocate(q, k, offset, temperature, label_smoothing, is_gradient_wanted)
     constants = settings(q, k)
-    tiles = cdiv(batch, constants["TILE"])
-    ranges, share = shares(tiles, count, constants["TILE"])
+    tile = constants["TILE"]
+    tiles = cdiv(batch, tile)
+    ranges, share = shares(tiles, count, tile)
     lse, plain, positive = (q.new_empty((ranges, batch), dtype=torch.float32) for _ in range(3))
     loss_kernel[(tiles, ranges)](
         q, k, lse, plain, positive, batch, count, width, offset, share, *q.stride(), *k.stride(), 1 / temperature,
@@ -162,69 +165,19 @@ def run(q: Tensor, k: Tensor, offset: int, temperature: float, label_smoothing: 
     )  # fmt: skip
     lse = lse.logsumexp(0)
     wanted = (1 - label_smoothing) * positive.sum(0) + label_smoothing / count * plain.sum(0)
-    return (lse - wanted).mean(), lse
-
-
-def fake(q: Tensor, k: Tensor, offset, temperature: float, label_smoothing: float) -> tuple[Tensor, Tensor]:
-    return q.new_empty((), dtype=torch.float32), q.new_empty((q.shape[0],), dtype=torch.float32)
-
-
-def run_backward(
-    upstream: Tensor, q: Tensor, k: Tensor, lse: Tensor, offset: int, temperature: float, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    upstream = upstream.float() / (q.shape[0] * temperature)
-    width = q.shape[1]
-    constants = settings(q, k)
-    tile = constants["TILE"]
+    loss = (lse - wanted).mean()
+    if not is_gradient_wanted:
+        return loss, for_q, for_k
     outer = max(16, min(2 * tile, next_power_of_2(width)))
-    grads = []
-    for of_keys, a, b in ((False, q, k), (True, k, q)):
+    for of_keys, a, b, out in ((False, q, k, for_q), (True, k, q, for_k)):
         tiles, parts = cdiv(a.shape[0], tile), cdiv(width, outer)
         ranges, share = shares(tiles * parts, b.shape[0], tile)
-        grad = a.new_empty((ranges, *a.shape), dtype=torch.float32)
+        grad = out[None] if ranges == 1 else out.new_empty((ranges, *out.shape))
         grad_kernel[(tiles, parts, ranges)](
-            a, b, lse, upstream, grad, a.shape[0], b.shape[0], k.shape[0], width, offset, share,
-            *a.stride(), *b.stride(), 1 / temperature, label_smoothing,
+            a, b, lse, grad, a.shape[0], b.shape[0], count, width, offset, share, *a.stride(), *b.stride(),
+            1 / temperature, label_smoothing, 1 / (batch * temperature),
             OF_KEYS=of_keys, OUTER=outer, **constants, num_warps=tile // 8, num_stages=2,
         )  # fmt: skip
-        grads.append((grad[0] if ranges == 1 else grad.sum(0)).to(a.dtype))
-    return tuple(grads)
-
-
-def fake_backward(upstream, q: Tensor, k: Tensor, *others) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-def save(ctx, inputs, output) -> None:
-    q, k, *ctx.options = inputs
-    ctx.save_for_backward(q, k, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def backward(ctx, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *BACKWARD(upstream, *ctx.saved_tensors, *ctx.options), None, None, None
-
-
-BACKWARD = define_triton(
-    "triton_contrastive_loss_backward(Tensor upstream, Tensor q, Tensor k, Tensor lse, SymInt offset, "
-    "float temperature, float label_smoothing) -> (Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-)
-FORWARD = define_triton(
-    "triton_contrastive_loss(Tensor q, Tensor k, SymInt offset, float temperature, float label_smoothing) "
-    "-> (Tensor, Tensor)",
-    run,
-    fake,
-    save,
-    backward,
-)
-
-
-def contrastive_loss(
-    q: Tensor, k: Tensor, *, offset: int = 0, temperature: float, label_smoothing: float = 0.0
-) -> Tensor:
-    """See the public function. float64 is left to the reference: tensor cores have no use for it."""
-    if torch.float64 in (q.dtype, k.dtype):
-        return reference.contrastive_loss(q, k, offset=offset, temperature=temperature, label_smoothing=label_smoothing)
-    return FORWARD(q, k, offset, temperature, label_smoothing)[0]
+        if ranges > 1:
+            torch.sum(grad, 0, out=out)
+    return loss, for_q, for_k

@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton, next_power_of_2
-from . import reference
+from ..launch import cdiv, next_power_of_2
+from . import allocate, allocate_backward
 
-# Values that a program reads at once in the forward and in the backward pass, and the widest row that fits.
-FORWARD_VALUES, BACKWARD_VALUES, MAX_WIDTH = 4096, 2048, 16384
+# Values that a program reads at once in the forward and in the backward pass.
+FORWARD_VALUES, BACKWARD_VALUES = 4096, 2048
 # Programs of the backward pass, each with its own sums, at 1024 columns: 4 per multiprocessor of an H100.
 PROGRAMS = 528
 
@@ -39,7 +39,7 @@ def load_vector(ptr, columns, width):
 
 @triton.jit
 def forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, row_scale_ptr, out_ptr, h_ptr, mean_ptr, rstd_ptr,
+    x_ptr, residual_ptr, weight_ptr, bias_ptr, scale_ptr, row_scale_ptr, out_ptr, h_ptr, stats_ptr,
     count, width, rows_per_image, eps, stride_xn, stride_xd, stride_rn, stride_rd,
     STREAM: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -64,13 +64,13 @@ def forward_kernel(
     if bias_ptr is not None:
         out += load_vector(bias_ptr, columns, width)
     store(out_ptr, out, rows, columns, count, width)
-    tl.store(mean_ptr + rows, mean, mask=rows < count)
-    tl.store(rstd_ptr + rows, rstd, mask=rows < count)
+    tl.store(stats_ptr + 2 * rows, mean, mask=rows < count)
+    tl.store(stats_ptr + 2 * rows + 1, rstd, mask=rows < count)
 
 
 @triton.jit
 def backward_kernel(
-    grad_ptr, grad_h_ptr, h_ptr, mean_ptr, rstd_ptr, x_ptr, weight_ptr, scale_ptr, row_scale_ptr,
+    grad_ptr, grad_h_ptr, h_ptr, stats_ptr, x_ptr, weight_ptr, scale_ptr, row_scale_ptr,
     x_grad_ptr, residual_grad_ptr, sums_ptr, count, width, rows_per_image, chunk,
     stride_gn, stride_gd, stride_ghn, stride_ghd, stride_hn, stride_hd, stride_xn, stride_xd,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -88,8 +88,8 @@ def backward_kernel(
         rows = start + tl.arange(0, ROWS)
         grad = load(grad_ptr, rows, columns, count, width, stride_gn, stride_gd)
         h = load(h_ptr, rows, columns, count, width, stride_hn, stride_hd)
-        mean = tl.load(mean_ptr + rows, mask=rows < count, other=0)[:, None]
-        rstd = tl.load(rstd_ptr + rows, mask=rows < count, other=0)[:, None]
+        mean = tl.load(stats_ptr + 2 * rows, mask=rows < count, other=0)[:, None]
+        rstd = tl.load(stats_ptr + 2 * rows + 1, mask=rows < count, other=0)[:, None]
         normal = tl.where((columns < width)[None, :], (h - mean) * rstd, 0.0)
         weight_sum += grad * normal
         bias_sum += grad
@@ -110,8 +110,7 @@ def backward_kernel(
     sums_ptr += tl.program_id(0).to(tl.int64) * 3 * width + columns
     tl.store(sums_ptr, tl.sum(weight_sum, 0), mask=columns < width)
     tl.store(sums_ptr + width, tl.sum(bias_sum, 0), mask=columns < width)
-    if scale_ptr is not None:
-        tl.store(sums_ptr + 2 * width, tl.sum(scale_sum, 0), mask=columns < width)
+    tl.store(sums_ptr + 2 * width, tl.sum(scale_sum, 0), mask=columns < width)
 
 
 def matrix(tensor: Tensor | None) -> tuple[Tensor | None, int, int]:
@@ -138,43 +137,25 @@ def layout(width: int, full: int) -> dict[str, int]:
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
-def run(x, residual, weight, bias, scale, row_scale, eps: float, is_kept: bool) -> tuple[Tensor, ...]:
-    out, h, mean, rstd = fake(x, residual, weight, bias, scale, row_scale, eps, is_kept)
+def add_layer_norm(x, residual, weight, bias, scale, row_scale, eps: float, is_kept: bool) -> tuple[Tensor, ...]:
+    out, h, stats = allocate(x, residual, weight, bias, scale, row_scale, eps, is_kept)
     if out.numel():
         config = layout(x.shape[-1], FORWARD_VALUES)
         rows, *strides = matrix(x)
         stream, *stream_strides = matrix(residual)
         forward_kernel[(cdiv(rows.shape[0], config["ROWS"]),)](
-            rows, stream, *vectors(weight, bias, scale, row_scale), out, h if h.numel() else None, mean, rstd,
+            rows, stream, *vectors(weight, bias, scale, row_scale), out, h if is_kept else None, stats,
             *rows.shape, rows.shape[0] // x.shape[0], eps, *strides, *stream_strides,
             STREAM=DTYPES[h.dtype], **config,
         )  # fmt: skip
-    return out, h, mean, rstd
+    return out, h, stats
 
 
-def fake(x, residual, weight, bias, scale, row_scale, eps: float, is_kept: bool) -> tuple[Tensor, ...]:
-    stream = x.dtype if residual is None else residual.dtype
-    mean, rstd = (x.new_empty(x.shape[:-1], dtype=torch.float32) for _ in range(2))
-    return x.new_empty(x.shape), x.new_empty(x.shape if is_kept else (0,), dtype=stream), mean, rstd
-
-
-def run_backward(
-    grad,
-    grad_h,
-    h,
-    mean,
-    rstd,
-    x,
-    weight,
-    scale,
-    row_scale,
-    x_dtype: torch.dtype,
-    stream: torch.dtype,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    x_grad, residual_grad, _ = fake_backward(
-        grad, grad_h, h, mean, rstd, x, weight, scale, row_scale, x_dtype, stream, wanted
-    )
+def add_layer_norm_backward(
+    grad: Tensor, grad_h: Tensor | None, h: Tensor, stats: Tensor, x: Tensor | None, weight: Tensor,
+    scale: Tensor | None, row_scale: Tensor | None, wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x_grad, residual_grad, total = allocate_backward(grad, grad_h, h, stats, x, weight, scale, row_scale, wanted)
     width = h.shape[-1]
     count = h.numel() // width
     config = layout(width, BACKWARD_VALUES)
@@ -183,89 +164,9 @@ def run_backward(
     if count:
         (grad, *a), (grad_h, *b), (rows, *c), (x, *d) = (matrix(t) for t in (grad, grad_h, h, x))
         backward_kernel[(len(sums),)](
-            grad, grad_h, rows, mean, rstd, x, *vectors(weight, scale, row_scale),
+            grad, grad_h, rows, stats, x, *vectors(weight, scale, row_scale),
             x_grad if wanted[0] else None, residual_grad if wanted[1] else None, sums,
             count, width, count // h.shape[0], chunk, *a, *b, *c, *d, **config,
         )  # fmt: skip
-    return x_grad, residual_grad, sums.sum(0)
-
-
-def fake_backward(
-    grad, grad_h, h, mean, rstd, x, weight, scale, row_scale, x_dtype, stream, wanted
-) -> tuple[Tensor, ...]:
-    grads = [h.new_empty(h.shape if w else (0,), dtype=d) for d, w in zip((x_dtype, stream), wanted, strict=True)]
-    return *grads, h.new_empty((3, h.shape[-1]), dtype=torch.float32)
-
-
-def save(ctx, inputs, output) -> None:
-    x, residual, weight, bias, scale, row_scale, _, _ = inputs
-    _, h, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    # x itself is the stream where nothing is done to it.
-    ctx.is_plain = residual is None and scale is None and row_scale is None
-    ctx.save_for_backward(x if ctx.is_plain else h, mean, rstd, None if scale is None else x, weight, scale, row_scale)
-    ctx.dtypes = [x.dtype, h.dtype]
-    ctx.parameters = [None if p is None else p.dtype for p in (weight, bias, scale)]
-
-
-def backward(ctx, grad, grad_h, *_):
-    h, mean, rstd, x, weight, scale, row_scale = ctx.saved_tensors
-    if grad is None:
-        grad = torch.zeros_like(h, dtype=ctx.dtypes[0])
-    wanted = list(ctx.needs_input_grad[:2])
-    # An unscaled branch of the stream's dtype has the stream's gradient: written once, given to both.
-    is_shared = all(wanted) and scale is None and row_scale is None and ctx.dtypes[0] == ctx.dtypes[1]
-    wanted[0] &= not is_shared
-    x_grad, residual_grad, sums = BACKWARD(
-        grad, None if ctx.is_plain else grad_h, h, mean, rstd, x, weight, scale, row_scale, *ctx.dtypes, wanted
-    )
-    parameters = [
-        total.to(dtype) if dtype is not None and need else None
-        for total, dtype, need in zip(sums.unbind(), ctx.parameters, ctx.needs_input_grad[2:5], strict=True)
-    ]
-    residual_grad = residual_grad if wanted[1] else None
-    x_grad = residual_grad if is_shared else x_grad if wanted[0] else None
-    return x_grad, residual_grad, *parameters, None, None, None
-
-
-BACKWARD = define_triton(
-    "triton_add_layer_norm_backward(Tensor grad, Tensor? grad_h, Tensor h, Tensor mean, Tensor rstd, Tensor? x, "
-    "Tensor weight, Tensor? scale, Tensor? row_scale, ScalarType x_dtype, ScalarType stream, bool[] wanted) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-)
-FORWARD = define_triton(
-    "triton_add_layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, Tensor? scale, Tensor? row_scale, "
-    "float eps, bool is_kept) -> (Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    save,
-    backward,
-)
-
-
-def add_layer_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    scale: Tensor | None = None,
-    row_scale: Tensor | None = None,
-    eps: float = 1e-6,
-    prenorm: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See the public function. float64 and rows wider than 16,384 are left to the reference."""
-    tensors = [t for t in (x, residual, weight, bias, scale, row_scale) if t is not None]
-    if any(t.dtype not in DTYPES for t in tensors) or x.shape[-1] > MAX_WIDTH:
-        return reference.add_layer_norm(
-            x, residual, weight, bias, scale=scale, row_scale=row_scale, eps=eps, prenorm=prenorm
-        )
-    is_plain = residual is None and scale is None and row_scale is None
-    # The stream is written only if somebody reads it: the caller or the backward pass.
-    is_read = prenorm or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-    out, h, _, _ = FORWARD(x, residual, weight, bias, scale, row_scale, eps, is_read and not is_plain)
-    if not prenorm:
-        return out
-    return out, x if is_plain else h
+    torch.sum(sums, 0, out=total)
+    return x_grad, residual_grad, total

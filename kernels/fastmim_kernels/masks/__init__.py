@@ -2,15 +2,19 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_rng, fail
+from ..registration import define
 
 __all__ = ["MaskIds", "cell_masking", "random_masking"]
 
 # A patch index has 20 bits in the sort key, beside the 32 bits of the random word.
 MAX_PATCHES = 1 << 20
+# On a GPU, counting takes cells**2 comparisons per image; from here on the reference's sort takes less.
+MAX_COUNTED = 4096
 
 
 class MaskIds(NamedTuple):
@@ -42,7 +46,9 @@ def random_masking(rng: Tensor, ids: Tensor, num_patches: int, num_keep: int) ->
     """
     check_rng(rng, ids)
     _check_keep("num_keep", num_patches, num_keep)
-    return dispatch.implementation("masks", ids.device.type).random_masking(rng, ids, num_patches, num_keep)
+    if _sorts(ids, num_patches):
+        return dispatch.reference("masks").random_masking(rng, ids, num_patches, num_keep)
+    return MaskIds(*MASKS(rng, ids, 1, num_patches, 1, num_keep))
 
 
 def cell_masking(rng: Tensor, ids: Tensor, grid: tuple[int, int], cell: int, num_keep_cells: int) -> MaskIds:
@@ -66,8 +72,11 @@ def cell_masking(rng: Tensor, ids: Tensor, grid: tuple[int, int], cell: int, num
     h, w = grid
     if cell < 1 or h % cell or w % cell:
         raise fail("cell", f"a divisor of the grid {h}x{w}", cell, "change the cell, the image size or the patch size")
-    _check_keep("num_keep_cells", (h // cell) * (w // cell), num_keep_cells)
-    return dispatch.implementation("masks", ids.device.type).cell_masking(rng, ids, (h, w), cell, num_keep_cells)
+    cells = (h // cell) * (w // cell)
+    _check_keep("num_keep_cells", cells, num_keep_cells)
+    if _sorts(ids, cells):
+        return dispatch.reference("masks").cell_masking(rng, ids, (h, w), cell, num_keep_cells)
+    return MaskIds(*MASKS(rng, ids, h, w, cell, num_keep_cells))
 
 
 def _check_keep(name: str, total: int, num_keep: int) -> None:
@@ -75,3 +84,22 @@ def _check_keep(name: str, total: int, num_keep: int) -> None:
         raise fail("num_patches", f"1..{MAX_PATCHES}", total, "use larger patches")
     if not 1 <= num_keep <= total:
         raise fail(name, f"1..{total}", num_keep, "correct the mask ratio; at least one patch stays visible")
+
+
+def _sorts(ids: Tensor, cells: int) -> bool:
+    """Whether the reference draws the mask."""
+    return dispatch.uses_reference("masks", ids.device) or (ids.device.type == "cuda" and cells > MAX_COUNTED)
+
+
+def allocate(rng: Tensor, ids: Tensor, rows: int, columns: int, cell: int, keep: int) -> tuple[Tensor, ...]:
+    batch, length, kept = ids.shape[0], rows * columns, keep * cell * cell
+    keep, masked, restore = (ids.new_empty((batch, n)) for n in (kept, length - kept, length))
+    return keep, masked, restore, ids.new_empty((batch, length), dtype=torch.float32)
+
+
+MASKS = define(
+    "masks",
+    "draw_masks(Tensor rng, Tensor ids, SymInt rows, SymInt columns, int cell, SymInt keep)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    allocate,
+)

@@ -3,18 +3,15 @@
 Keys are (random word, index) and unique, so places are a permutation, and every output entry is written exactly once.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton, next_power_of_2
+from ..launch import cdiv, next_power_of_2
 from ..philox import Stream
 from ..philox.kernel import sample_words
-from . import MaskIds, reference
+from . import allocate
 
-# Counting takes cells**2 comparisons per image; from here on a sort takes less.
-MAX_CELLS = 4096
 # Patches per program, and keys that are compared with at a time.
 BLOCK, KEYS = 64, 64
 
@@ -64,41 +61,12 @@ def mask_kernel(
     tl.store(masked_ptr + image * (length - num_keep) + place - num_keep, value, mask=exists & is_masked)
 
 
-def run(rng: Tensor, ids: Tensor, rows: int, columns: int, cell: int, num_keep: int) -> tuple[Tensor, ...]:
-    out = fake(rng, ids, rows, columns, cell, num_keep)
+def draw_masks(rng: Tensor, ids: Tensor, rows: int, columns: int, cell: int, keep: int) -> tuple[Tensor, ...]:
+    out = allocate(rng, ids, rows, columns, cell, keep)
     if ids.shape[0]:
         keys = min(KEYS, next_power_of_2(rows * columns // (cell * cell)))
         mask_kernel[(ids.shape[0] * cdiv(rows * columns, BLOCK),)](
-            rng.contiguous(), ids.contiguous(), *out, rows, columns, num_keep,
+            rng.contiguous(), ids.contiguous(), *out, rows, columns, keep * cell * cell,
             CELL=cell, STREAM=int(Stream.MASK), BLOCK=BLOCK, KEYS=keys, num_warps=4,
         )  # fmt: skip
     return out
-
-
-def fake(rng: Tensor, ids: Tensor, rows: int, columns: int, cell: int, num_keep: int) -> tuple[Tensor, ...]:
-    batch, length = ids.shape[0], rows * columns
-    keep, masked, restore = (ids.new_empty((batch, n)) for n in (num_keep, length - num_keep, length))
-    return keep, masked, restore, ids.new_empty((batch, length), dtype=torch.float32)
-
-
-MASK = define_triton(
-    "triton_mask(Tensor rng, Tensor ids, SymInt rows, SymInt columns, int cell, SymInt num_keep) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-)
-
-
-def random_masking(rng: Tensor, ids: Tensor, num_patches: int, num_keep: int) -> MaskIds:
-    """See the public function. Very long sequences are left to the reference, which sorts."""
-    if num_patches > MAX_CELLS:
-        return reference.random_masking(rng, ids, num_patches, num_keep)
-    return MaskIds(*MASK(rng, ids, 1, num_patches, 1, num_keep))
-
-
-def cell_masking(rng: Tensor, ids: Tensor, grid: tuple[int, int], cell: int, num_keep_cells: int) -> MaskIds:
-    """See the public function. Very large grids are left to the reference, which sorts."""
-    h, w = grid
-    if (h // cell) * (w // cell) > MAX_CELLS:
-        return reference.cell_masking(rng, ids, grid, cell, num_keep_cells)
-    return MaskIds(*MASK(rng, ids, h, w, cell, num_keep_cells * cell * cell))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_images, check_like, check_patches, check_rank, check_rng, fail, is_readable
-from ..masks import MAX_PATCHES
+from ..masks import MAX_COUNTED, MAX_PATCHES
+from ..registration import define
 
 __all__ = ["mix_patches", "partition", "unmix_tokens"]
 
@@ -34,7 +35,10 @@ def partition(rng: Tensor, ids: Tensor, num_patches: int, members: int) -> Tenso
         raise fail("num_patches", f"1..{MAX_PATCHES}", num_patches, "use larger patches")
     if not 1 <= members <= num_patches:
         raise fail("members", f"1..{num_patches}, at least one patch each", members, "mix fewer images")
-    return dispatch.implementation("mixing", ids.device.type).partition(rng, ids, num_patches, members)
+    is_sorted = ids.device.type == "cuda" and num_patches > MAX_COUNTED
+    if is_sorted or dispatch.uses_reference("mixing", ids.device):
+        return dispatch.reference("mixing").partition(rng, ids, num_patches, members)
+    return PARTITION(rng, ids, num_patches, members)
 
 
 def mix_patches(
@@ -72,9 +76,12 @@ def mix_patches(
     _check_src(src, members, (images.shape[0] // members, count), images.device)
     if not dtype.is_floating_point:
         raise fail("dtype", "a floating dtype", dtype, "use torch.float32 or torch.bfloat16", TypeError)
-    return dispatch.implementation("mixing", images.device.type).mix_patches(
-        images, src, patch_size, members, mean=mean, std=std, size=(h, w), offset=offset, flip=flip, dtype=dtype
-    )
+    needs_grad = images.requires_grad and torch.is_grad_enabled()
+    if needs_grad or dispatch.uses_reference("mixing", images.device, images, dtype):
+        return dispatch.reference("mixing").mix_patches(
+            images, src, patch_size, members, mean=mean, std=std, size=(h, w), offset=offset, flip=flip, dtype=dtype
+        )
+    return MIX(images.detach(), src, patch_size, members, mean, std, (h, w), offset, flip, dtype)
 
 
 def unmix_tokens(
@@ -111,9 +118,9 @@ def unmix_tokens(
             raise fail(name, f"shape {shape}", tuple(tensor.shape), "give it the sizes of tokens")
         if tensor.device != tokens.device:
             raise fail(name, f"a tensor on {tokens.device} like tokens", tensor.device, "move it")
-    return dispatch.implementation("mixing", tokens.device.type).unmix_tokens(
-        tokens, mask_token, position, src, members, num_prefix
-    )
+    if dispatch.uses_reference("mixing", tokens.device, tokens, mask_token, position):
+        return dispatch.reference("mixing").unmix_tokens(tokens, mask_token, position, src, members, num_prefix)
+    return UNMIX(tokens, mask_token, position, src, members, num_prefix)
 
 
 def _check_src(src: Tensor, members: int, shape: tuple[int, int], device: torch.device) -> None:
@@ -125,3 +132,66 @@ def _check_src(src: Tensor, members: int, shape: tuple[int, int], device: torch.
         low, high = (int(v) for v in src.aminmax())
         if low < 0 or high >= members:
             raise fail("src", f"members in 0..{members - 1}", f"{low}..{high}", "draw it with partition", IndexError)
+
+
+def allocate_partition(rng: Tensor, ids: Tensor, num_patches: int, members: int) -> Tensor:
+    return ids.new_empty((ids.shape[0], num_patches))
+
+
+def allocate_mix(images, src, patch_size, members, mean, std, size, offset, flip, dtype) -> Tensor:
+    return images.new_empty((*src.shape, patch_size * patch_size * images.shape[1]), dtype=dtype)
+
+
+def allocate_unmix(tokens, mask_token, position, src, members: int, num_prefix: int) -> Tensor:
+    groups, total, width = tokens.shape
+    dtype = torch.promote_types(torch.promote_types(tokens.dtype, mask_token.dtype), position.dtype)
+    return tokens.new_empty((groups * members, total, width), dtype=dtype)
+
+
+def allocate_unmix_backward(
+    grad: Tensor, src: Tensor, members: int, num_prefix: int, dtype: torch.dtype, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """Gradients of tokens, mask_token and position, empty where they are not wanted."""
+    _, total, width = grad.shape
+    shapes = (src.shape[0], total, width), (width,), (total, width)
+    dtypes = dtype, torch.float32, torch.float32
+    return tuple(grad.new_empty(s if w else (0,), dtype=d) for s, w, d in zip(shapes, wanted, dtypes, strict=True))
+
+
+def _save_unmix(ctx, inputs, output) -> None:
+    tokens, mask_token, position, src, ctx.members, ctx.num_prefix = inputs
+    ctx.save_for_backward(src)
+    ctx.dtypes = tokens.dtype, mask_token.dtype, position.dtype
+
+
+def _backward_unmix(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = UNMIX_BACKWARD(grad, *ctx.saved_tensors, ctx.members, ctx.num_prefix, ctx.dtypes[0], wanted)
+    return *(g.to(d) if w else None for g, d, w in zip(grads, ctx.dtypes, wanted, strict=True)), None, None, None
+
+
+PARTITION = define(
+    "mixing",
+    "partition(Tensor rng, Tensor ids, SymInt num_patches, SymInt members) -> Tensor",
+    allocate_partition,
+)
+MIX = define(
+    "mixing",
+    "mix_patches(Tensor images, Tensor src, int patch_size, SymInt members, float[]? mean, float[]? std,"
+    " SymInt[] size, Tensor? offset, Tensor? flip, ScalarType dtype) -> Tensor",
+    allocate_mix,
+)
+UNMIX_BACKWARD = define(
+    "mixing",
+    "unmix_tokens_backward(Tensor grad, Tensor src, SymInt members, SymInt num_prefix, ScalarType dtype,"
+    " bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    allocate_unmix_backward,
+)
+UNMIX = define(
+    "mixing",
+    "unmix_tokens(Tensor tokens, Tensor mask_token, Tensor position, Tensor src, SymInt members, SymInt num_prefix)"
+    " -> Tensor",
+    allocate_unmix,
+    save=_save_unmix,
+    backward=_backward_unmix,
+)

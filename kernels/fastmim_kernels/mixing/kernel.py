@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton, next_power_of_2, row_config
-from ..masks.kernel import BLOCK, KEYS, MAX_CELLS, drawn_place
+from ..launch import cdiv, next_power_of_2, row_config
+from ..masks.kernel import BLOCK, KEYS, drawn_place
 from ..patches.kernel import (
     PATCHES,
     channel_constants,
@@ -21,7 +21,7 @@ from ..patches.kernel import (
     window_of,
 )
 from ..philox import Stream
-from . import reference
+from . import allocate_mix, allocate_partition, allocate_unmix, allocate_unmix_backward
 
 # Rows of a mixture per program of the forward pass.
 ROWS = 4
@@ -124,16 +124,17 @@ def unmix_backward_kernel(
             mask_sum += tl.where(is_own, 0.0, grad)
             if WITH_POS:
                 pos_sum += grad
-        target = tokens_grad_ptr + (group * total + row) * width + columns
-        tl.store(target, tl.sum(token_grad, 0).to(tokens_grad_ptr.dtype.element_ty), mask=inside)
+        if tokens_grad_ptr is not None:
+            target = tokens_grad_ptr + (group * total + row) * width + columns
+            tl.store(target, tl.sum(token_grad, 0).to(tokens_grad_ptr.dtype.element_ty), mask=inside)
     partial = tl.program_id(0).to(tl.int64) * width + columns
     tl.store(mask_sum_ptr + partial, tl.sum(mask_sum, 0), mask=inside)
     if WITH_POS:
         tl.store(pos_sum_ptr + partial, tl.sum(pos_sum, 0), mask=inside)
 
 
-def run_partition(rng: Tensor, ids: Tensor, num_patches: int, members: int) -> Tensor:
-    out = fake_partition(rng, ids, num_patches, members)
+def partition(rng: Tensor, ids: Tensor, num_patches: int, members: int) -> Tensor:
+    out = allocate_partition(rng, ids, num_patches, members)
     if out.numel():
         partition_kernel[(ids.shape[0] * cdiv(num_patches, BLOCK),)](
             rng.contiguous(), ids.contiguous(), out, num_patches, members,
@@ -142,32 +143,22 @@ def run_partition(rng: Tensor, ids: Tensor, num_patches: int, members: int) -> T
     return out
 
 
-def fake_partition(rng: Tensor, ids: Tensor, num_patches: int, members: int) -> Tensor:
-    return ids.new_empty((ids.shape[0], num_patches))
-
-
-def run_mix(images, src, patch_size: int, members: int, mean, std, w: int, offset, flip, dtype: torch.dtype) -> Tensor:
-    out = fake_mix(images, src, patch_size, members, mean, std, w, offset, flip, dtype)
+def mix_patches(
+    images, src, patch_size: int, members: int, mean, std, size: list[int], offset, flip, dtype: torch.dtype
+) -> Tensor:
+    out = allocate_mix(images, src, patch_size, members, mean, std, size, offset, flip, dtype)
     if out.numel():
         groups, length, _ = out.shape
         mix_kernel[(groups * cdiv(length, PATCHES),)](
             images, src.contiguous(), contiguous(offset), contiguous(flip), out,
-            members, length, w // patch_size, images.shape[3], *images.stride(),
+            members, length, size[1] // patch_size, images.shape[3], *images.stride(),
             **pixel_constants(images, patch_size, mean, std),
         )  # fmt: skip
     return out
 
 
-def fake_mix(images, src, patch_size, members, mean, std, w, offset, flip, dtype) -> Tensor:
-    return images.new_empty((*src.shape, patch_size * patch_size * images.shape[1]), dtype=dtype)
-
-
-def result_dtype(tokens: Tensor, mask_token: Tensor, position: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(tokens.dtype, mask_token.dtype), position.dtype)
-
-
-def run_unmix(tokens, mask_token, position, src, members: int, num_prefix: int) -> Tensor:
-    out = fake_unmix(tokens, mask_token, position, src, members, num_prefix)
+def unmix_tokens(tokens, mask_token, position, src, members: int, num_prefix: int) -> Tensor:
+    out = allocate_unmix(tokens, mask_token, position, src, members, num_prefix)
     if out.numel():
         groups, total, width = tokens.shape
         config = row_config(width, out.element_size() * ROWS)
@@ -179,113 +170,23 @@ def run_unmix(tokens, mask_token, position, src, members: int, num_prefix: int) 
     return out
 
 
-def fake_unmix(tokens, mask_token, position, src, members: int, num_prefix: int) -> Tensor:
-    groups, total, width = tokens.shape
-    return tokens.new_empty((groups * members, total, width), dtype=result_dtype(tokens, mask_token, position))
-
-
-def run_unmix_backward(
-    grad: Tensor, src: Tensor, members: int, num_prefix: int, dtype: torch.dtype, with_pos: bool
+def unmix_tokens_backward(
+    grad: Tensor, src: Tensor, members: int, num_prefix: int, dtype: torch.dtype, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     (groups, _), (_, total, width) = src.shape, grad.shape
-    tokens_grad = grad.new_empty((groups, total, width), dtype=dtype)
+    tokens_grad, mask_grad, pos_grad = allocate_unmix_backward(grad, src, members, num_prefix, dtype, wanted)
     chunks = cdiv(groups, CHUNK)
     mask_sum = grad.new_empty((chunks, total, width), dtype=torch.float32)
-    pos_sum = grad.new_empty((chunks if with_pos else 0, total, width), dtype=torch.float32)
+    pos_sum = grad.new_empty((chunks if wanted[2] else 0, total, width), dtype=torch.float32)
     if grad.numel():
         config = row_config(width, grad.element_size() * MEMBERS)
         unmix_backward_kernel[(chunks * total, cdiv(width, config["BLOCK"]))](
-            grad, src.contiguous(), tokens_grad, mask_sum, pos_sum,
+            grad, src.contiguous(), tokens_grad if wanted[0] else None, mask_sum, pos_sum,
             groups, members, total, num_prefix, width, *grad.stride(),
-            CHUNK=CHUNK, MEMBERS=MEMBERS, WITH_POS=with_pos, **config,
+            CHUNK=CHUNK, MEMBERS=MEMBERS, WITH_POS=wanted[2], **config,
         )  # fmt: skip
-    return tokens_grad, mask_sum.sum((0, 1)), pos_sum.sum(0)
-
-
-def fake_unmix_backward(
-    grad: Tensor, src: Tensor, members: int, num_prefix: int, dtype: torch.dtype, with_pos: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, total, width = grad.shape
-    pos_grad = grad.new_empty((total, width), dtype=torch.float32)
-    return grad.new_empty((src.shape[0], total, width), dtype=dtype), pos_grad.new_empty(width), pos_grad
-
-
-def save_unmix(ctx, inputs, output) -> None:
-    tokens, mask_token, position, src, ctx.members, ctx.num_prefix = inputs
-    ctx.save_for_backward(src)
-    ctx.dtypes = tokens.dtype, mask_token.dtype, position.dtype
-
-
-def backward_unmix(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    tokens_dtype, mask_dtype, pos_dtype = ctx.dtypes
-    with_pos = ctx.needs_input_grad[2]
-    tokens_grad, mask_grad, pos_grad = UNMIX_BACKWARD(
-        grad, ctx.saved_tensors[0], ctx.members, ctx.num_prefix, tokens_dtype, with_pos
-    )
-    return tokens_grad, mask_grad.to(mask_dtype), pos_grad.to(pos_dtype) if with_pos else None, None, None, None
-
-
-PARTITION = define_triton(
-    "triton_partition(Tensor rng, Tensor ids, SymInt num_patches, SymInt members) -> Tensor",
-    run_partition,
-    fake_partition,
-)
-MIX = define_triton(
-    "triton_mix_patches(Tensor images, Tensor src, int patch_size, SymInt members, float[]? mean, float[]? std, "
-    "SymInt w, Tensor? offset, Tensor? flip, ScalarType dtype) -> Tensor",
-    run_mix,
-    fake_mix,
-)
-UNMIX_BACKWARD = define_triton(
-    "triton_unmix_tokens_backward(Tensor grad, Tensor src, SymInt members, SymInt num_prefix, ScalarType dtype, "
-    "bool with_pos) -> (Tensor, Tensor, Tensor)",
-    run_unmix_backward,
-    fake_unmix_backward,
-)
-UNMIX = define_triton(
-    "triton_unmix_tokens(Tensor tokens, Tensor mask_token, Tensor position, Tensor src, SymInt members, "
-    "SymInt num_prefix) -> Tensor",
-    run_unmix,
-    fake_unmix,
-    save_unmix,
-    backward_unmix,
-)
-
-
-def partition(rng: Tensor, ids: Tensor, num_patches: int, members: int) -> Tensor:
-    """See the public function. Very long sequences are left to the reference, which sorts."""
-    if num_patches > MAX_CELLS:
-        return reference.partition(rng, ids, num_patches, members)
-    return PARTITION(rng, ids, num_patches, members)
-
-
-def mix_patches(
-    images: Tensor,
-    src: Tensor,
-    patch_size: int,
-    members: int,
-    *,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    size: tuple[int, int] | None = None,
-    offset: Tensor | None = None,
-    flip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """See the public function. float64, and images that require a gradient, are left to the reference."""
-    needs_grad = images.requires_grad and torch.is_grad_enabled()
-    if torch.float64 in (images.dtype, dtype) or needs_grad:
-        return reference.mix_patches(
-            images, src, patch_size, members, mean=mean, std=std, size=size, offset=offset, flip=flip, dtype=dtype
-        )
-    w = images.shape[3] if size is None else size[1]
-    return MIX(images, src, patch_size, members, mean, std, w, offset, flip, dtype)
-
-
-def unmix_tokens(
-    tokens: Tensor, mask_token: Tensor, position: Tensor, src: Tensor, members: int, num_prefix: int = 1
-) -> Tensor:
-    """See the public function. float64 is left to the reference: these kernels add in float32."""
-    if result_dtype(tokens, mask_token, position) == torch.float64:
-        return reference.unmix_tokens(tokens, mask_token, position, src, members, num_prefix)
-    return UNMIX(tokens, mask_token, position, src, members, num_prefix)
+    if wanted[1]:
+        torch.sum(mask_sum, (0, 1), out=mask_grad)
+    if wanted[2]:
+        torch.sum(pos_sum, 0, out=pos_grad)
+    return tokens_grad, mask_grad, pos_grad

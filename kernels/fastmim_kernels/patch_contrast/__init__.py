@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_like, check_positive, check_rank, fail
+from ..registration import define
 
 __all__ = ["patch_contrastive_loss"]
 
@@ -36,6 +37,37 @@ def patch_contrastive_loss(features: Tensor, src: Tensor, temperature: float) ->
     check_rank("src", src, "(G, L)")
     check_like("src", src, (groups, length), torch.int64, features.device)
     check_positive("temperature", temperature)
-    return dispatch.implementation("patch_contrast", features.device.type).patch_contrastive_loss(
-        features, src, temperature
-    )
+    if dispatch.uses_reference("patch_contrast", features.device, features):
+        return dispatch.reference("patch_contrast").patch_contrastive_loss(features, src, temperature)
+    return PATCH_CONTRAST(features, src, temperature)[0]
+
+
+def allocate(features: Tensor, src: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss, and of each patch 1 / norm, log-sum-exp and 1 / number of partners."""
+    rows = [features.new_empty(features.shape[:2], dtype=torch.float32) for _ in range(3)]
+    return features.new_empty((), dtype=torch.float32), *rows
+
+
+def allocate_backward(grad: Tensor, features: Tensor, *_) -> Tensor:
+    return features.new_empty(features.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    features, src, ctx.temperature = inputs
+    ctx.save_for_backward(features, src, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+PATCH_CONTRAST_BACKWARD = define(
+    "patch_contrast",
+    "patch_contrastive_loss_backward(Tensor grad, Tensor features, Tensor src, Tensor inverse, Tensor lse,"
+    " Tensor share, float temperature) -> Tensor",
+    allocate_backward,
+)
+PATCH_CONTRAST = define(
+    "patch_contrast",
+    "patch_contrastive_loss(Tensor features, Tensor src, float temperature) -> (Tensor, Tensor, Tensor, Tensor)",
+    allocate,
+    save=_save,
+    backward=lambda ctx, grad, *_: (PATCH_CONTRAST_BACKWARD(grad, *ctx.saved_tensors, ctx.temperature), None, None),
+)

@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..infonce.kernel import dot_of_wide, settings, tile_of_logits
-from ..launch import cdiv, define_triton, next_power_of_2, row_config
-from . import reference
+from ..launch import cdiv, next_power_of_2, row_config
+from . import allocate, allocate_backward
 
 
 @triton.jit
@@ -123,9 +123,10 @@ def grad_kernel(
     tl.store(target, grad.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-def run(features: Tensor, src: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def patch_contrastive_loss(features: Tensor, src: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     groups, length, width = features.shape
-    inverse, lse, share, loss = (features.new_empty((groups, length), dtype=torch.float32) for _ in range(4))
+    _, inverse, lse, share = allocate(features, src, temperature)
+    loss = torch.empty_like(lse)
     norm_kernel[(groups * length,)](
         features, inverse, length, width, *features.stride(), **row_config(width, features.element_size())
     )
@@ -137,54 +138,17 @@ def run(features: Tensor, src: Tensor, temperature: float) -> tuple[Tensor, Tens
     return loss.mean(), inverse, lse, share
 
 
-def fake(features: Tensor, src: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = [features.new_empty(features.shape[:2], dtype=torch.float32) for _ in range(3)]
-    return features.new_empty((), dtype=torch.float32), *rows
-
-
-def run_backward(
-    upstream: Tensor, features: Tensor, src: Tensor, inverse: Tensor, lse: Tensor, share: Tensor, temperature: float
+def patch_contrastive_loss_backward(
+    grad: Tensor, features: Tensor, src: Tensor, inverse: Tensor, lse: Tensor, share: Tensor, temperature: float
 ) -> Tensor:
     groups, length, width = features.shape
-    grad = fake_backward(upstream, features)
+    out = allocate_backward(grad, features)
     constants = settings(features, features)
     tile = constants["TILE"]
     outer = max(16, min(2 * tile, next_power_of_2(width)))
     grad_kernel[(groups * cdiv(length, tile), cdiv(width, outer))](
-        features, inverse, src.contiguous(), lse, share, upstream.float() / (groups * length), grad,
+        features, inverse, src.contiguous(), lse, share, grad.float() / (groups * length), out,
         length, width, *features.stride(), 1 / temperature,
         OUTER=outer, **constants, num_warps=tile // 8, num_stages=2,
     )  # fmt: skip
-    return grad
-
-
-def fake_backward(upstream: Tensor, features: Tensor, *others) -> Tensor:
-    return features.new_empty(features.shape)
-
-
-def save(ctx, inputs, output) -> None:
-    features, src, ctx.temperature = inputs
-    ctx.save_for_backward(features, src, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-
-
-BACKWARD = define_triton(
-    "triton_patch_contrastive_loss_backward(Tensor upstream, Tensor features, Tensor src, Tensor inverse, Tensor lse, "
-    "Tensor share, float temperature) -> Tensor",
-    run_backward,
-    fake_backward,
-)
-FORWARD = define_triton(
-    "triton_patch_contrastive_loss(Tensor features, Tensor src, float temperature) -> (Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    save,
-    lambda ctx, upstream, *_: (BACKWARD(upstream, *ctx.saved_tensors, ctx.temperature), None, None),
-)
-
-
-def patch_contrastive_loss(features: Tensor, src: Tensor, temperature: float) -> Tensor:
-    """See the public function. float64 is left to the reference: tensor cores have no use for it."""
-    if features.dtype == torch.float64:
-        return reference.patch_contrastive_loss(features, src, temperature)
-    return FORWARD(features, src, temperature)[0]
+    return out

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_ids, check_images, check_patches, fail
+from ..registration import define
 
 __all__ = ["patchify_gather"]
 
@@ -39,7 +40,7 @@ def patchify_gather(
         flip: (B,) bool, True = mirror the whole master image left-right before the window is cut; None = no flip.
         dtype: floating dtype of the result.
 
-    Returns: (B, K, V) of ``dtype``.
+    Returns: (B, K, V) of ``dtype``. Images that require a gradient are left to the reference, which has one.
     Raises: ValueError, TypeError or IndexError for arguments that do not fit each other. Values of ids and offset are
         checked on the CPU only.
     Source: facebookresearch/mae models_mae.py ``patchify`` (nhwpqc: the same value order).
@@ -50,6 +51,22 @@ def patchify_gather(
         check_ids("ids", ids, images.shape[0], count, images.device)
     if not dtype.is_floating_point:
         raise fail("dtype", "a floating dtype", dtype, "use torch.float32 or torch.bfloat16", TypeError)
-    return dispatch.implementation("patches", images.device.type).patchify_gather(
-        images, ids, patch_size, mean=mean, std=std, size=(h, w), offset=offset, flip=flip, dtype=dtype
-    )
+    needs_grad = images.requires_grad and torch.is_grad_enabled()
+    if needs_grad or dispatch.uses_reference("patches", images.device, images, dtype):
+        return dispatch.reference("patches").patchify_gather(
+            images, ids, patch_size, mean=mean, std=std, size=(h, w), offset=offset, flip=flip, dtype=dtype
+        )
+    return PATCHIFY(images.detach(), ids, patch_size, mean, std, (h, w), offset, flip, dtype)
+
+
+def allocate(images, ids, patch_size, mean, std, size, offset, flip, dtype) -> Tensor:
+    count = size[0] // patch_size * (size[1] // patch_size) if ids is None else ids.shape[1]
+    return images.new_empty((images.shape[0], count, patch_size * patch_size * images.shape[1]), dtype=dtype)
+
+
+PATCHIFY = define(
+    "patches",
+    "patchify_gather(Tensor images, Tensor? ids, int patch_size, float[]? mean, float[]? std, SymInt[] size,"
+    " Tensor? offset, Tensor? flip, ScalarType dtype) -> Tensor",
+    allocate,
+)

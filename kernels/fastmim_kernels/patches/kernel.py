@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton, next_power_of_2
-from . import reference
+from ..launch import cdiv, next_power_of_2
+from . import allocate
 
 # Patches of one image that a program reads at once. What depends on the image alone is shared by them, and a thread of
 # 16x16x3 patches has 6 * PATCHES loads in flight, enough bytes under way to fill the memory's bandwidth.
@@ -135,61 +135,22 @@ def contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def run(
+def patchify_gather(
     images: Tensor,
     ids: Tensor | None,
     patch_size: int,
     mean: list[float] | None,
     std: list[float] | None,
-    h: int,
-    w: int,
+    size: list[int],
     offset: Tensor | None,
     flip: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = fake(images, ids, patch_size, mean, std, h, w, offset, flip, dtype)
+    out = allocate(images, ids, patch_size, mean, std, size, offset, flip, dtype)
     if out.numel():
         batch, keep, _ = out.shape
         patchify_kernel[(batch * cdiv(keep, PATCHES),)](
             images, contiguous(ids), contiguous(offset), contiguous(flip), out,
-            keep, w // patch_size, images.shape[3], *images.stride(), **pixel_constants(images, patch_size, mean, std),
+            keep, size[1] // patch_size, images.shape[3], *images.stride(), **pixel_constants(images, patch_size, mean, std),
         )  # fmt: skip
     return out
-
-
-def fake(images, ids, patch_size, mean, std, h, w, offset, flip, dtype) -> Tensor:
-    keep = (h // patch_size) * (w // patch_size) if ids is None else ids.shape[1]
-    return images.new_empty((images.shape[0], keep, patch_size * patch_size * images.shape[1]), dtype=dtype)
-
-
-PATCHIFY = define_triton(
-    "triton_patchify_gather(Tensor images, Tensor? ids, int patch_size, float[]? mean, float[]? std, "
-    "SymInt h, SymInt w, Tensor? offset, Tensor? flip, ScalarType dtype) -> Tensor",
-    run,
-    fake,
-)
-
-
-def patchify_gather(
-    images: Tensor,
-    ids: Tensor | None,
-    patch_size: int,
-    *,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    size: tuple[int, int] | None = None,
-    offset: Tensor | None = None,
-    flip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """See the public function. float64 is left to the reference: these kernels compute in float32.
-
-    So are images that require a gradient, which the kernel has none for.
-    """
-    size = images.shape[2:] if size is None else size
-    needs_grad = images.requires_grad and torch.is_grad_enabled()
-    if torch.float64 in (images.dtype, dtype) or needs_grad:
-        return reference.patchify_gather(
-            images, ids, patch_size, mean=mean, std=std, size=size, offset=offset, flip=flip, dtype=dtype
-        )
-    return PATCHIFY(images, ids, patch_size, mean, std, *size, offset, flip, dtype)

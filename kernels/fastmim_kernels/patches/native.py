@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import native_library
-from ..registration import define
-from . import reference
+from . import allocate
 
 _patchify_gather = native_library.function("patchify_gather")
 
@@ -32,7 +31,7 @@ def contiguous(*small: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in small]
 
 
-def _compute(
+def patchify_gather(
     images: Tensor,
     ids: Tensor | None,
     patch_size: int,
@@ -43,46 +42,10 @@ def _compute(
     flip: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    out = _fake(images, ids, patch_size, mean, std, size, offset, flip, dtype)
+    out = allocate(images, ids, patch_size, mean, std, size, offset, flip, dtype)
     offset, flip, ids = contiguous(offset, flip, ids)
     _patchify_gather(
         images, images_shape(images, size), offset, flip, ids, out.shape[1], patch_size, *levels(images, mean, std),
         out, native_library.DTYPES[dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _fake(images, ids, patch_size, mean, std, size, offset, flip, dtype):
-    count = size[0] // patch_size * (size[1] // patch_size) if ids is None else ids.shape[1]
-    return images.new_empty((images.shape[0], count, patch_size * patch_size * images.shape[1]), dtype=dtype)
-
-
-_op = define(
-    "native_patchify_gather(Tensor images, Tensor? ids, int patch_size, float[]? mean, float[]? std, SymInt[] size,"
-    " Tensor? offset, Tensor? flip, ScalarType dtype) -> Tensor",
-    _compute,
-    _fake,
-)
-
-
-def patchify_gather(
-    images: Tensor,
-    ids: Tensor | None,
-    patch_size: int,
-    *,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    size: tuple[int, int] | None = None,
-    offset: Tensor | None = None,
-    flip: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """See the public function. float64, and images that need a gradient, are left to the reference."""
-    is_known = dtype in native_library.FLOATS and images.dtype in native_library.DTYPES
-    if not is_known or (images.requires_grad and torch.is_grad_enabled()):
-        return reference.patchify_gather(
-            images, ids, patch_size, mean=mean, std=std, size=size, offset=offset, flip=flip, dtype=dtype
-        )
-    return _op(
-        images.detach(), ids, patch_size, mean, std, images.shape[2:] if size is None else size, offset, flip, dtype
-    )

@@ -2,10 +2,12 @@
 
 from enum import IntEnum
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_rng, fail
+from ..registration import define
 
 __all__ = ["Stream", "random_words", "uniform"]
 
@@ -43,7 +45,9 @@ def random_words(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
     Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
     _check(rng, ids, stream, count)
-    return dispatch.implementation("philox", ids.device.type).random_words(rng, ids, int(stream), count)
+    if dispatch.uses_reference("philox", ids.device):
+        return dispatch.reference("philox").random_words(rng, ids, int(stream), count)
+    return WORDS(rng, ids, int(stream), count)
 
 
 def uniform(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
@@ -53,7 +57,9 @@ def uniform(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
     Returns: (B, count) float32 in [0, 1).
     """
     _check(rng, ids, stream, count)
-    return dispatch.implementation("philox", ids.device.type).uniform(rng, ids, int(stream), count)
+    if dispatch.uses_reference("philox", ids.device):
+        return dispatch.reference("philox").uniform(rng, ids, int(stream), count)
+    return UNIFORM(rng, ids, int(stream), count)
 
 
 def _check(rng: Tensor, ids: Tensor, stream: int, count: int) -> None:
@@ -62,3 +68,15 @@ def _check(rng: Tensor, ids: Tensor, stream: int, count: int) -> None:
         raise fail("stream", "0..65535", stream, "use a member of Stream")
     if not 0 <= count <= 1 << 34:
         raise fail("count", "0..2**34 words per sample", count, "draw fewer numbers per stream")
+
+
+def allocate_words(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
+    return ids.new_empty((ids.shape[0], count))
+
+
+def allocate_uniform(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
+    return ids.new_empty((ids.shape[0], count), dtype=torch.float32)
+
+
+WORDS = define("philox", "random_words(Tensor rng, Tensor ids, int stream, SymInt count) -> Tensor", allocate_words)
+UNIFORM = define("philox", "uniform(Tensor rng, Tensor ids, int stream, SymInt count) -> Tensor", allocate_uniform)

@@ -3,12 +3,12 @@
 Source: Salmon et al., SC 2011; constants from Random123 ``philox.h``.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton
+from ..launch import cdiv
+from . import allocate_uniform, allocate_words
 
 # Blocks of four words per program.
 BLOCK = 256
@@ -52,32 +52,18 @@ def draw_kernel(rng_ptr, ids_ptr, out_ptr, count, STREAM: tl.constexpr, UNIFORM:
             tl.store(target + i, words[i].to(tl.int64), mask=inside)
 
 
-def run(rng: Tensor, ids: Tensor, stream: int, count: int, uniform: bool) -> Tensor:
-    out = fake(rng, ids, stream, count, uniform)
+def draw(out: Tensor, rng: Tensor, ids: Tensor, stream: int, count: int, is_uniform: bool) -> Tensor:
     if out.numel():
         grid = (ids.shape[0] * cdiv(count, 4 * BLOCK),)
         draw_kernel[grid](
-            rng.contiguous(), ids.contiguous(), out, count, STREAM=stream, UNIFORM=uniform, BLOCK=BLOCK, num_warps=4
+            rng.contiguous(), ids.contiguous(), out, count, STREAM=stream, UNIFORM=is_uniform, BLOCK=BLOCK, num_warps=4
         )
     return out
 
 
-def fake(rng: Tensor, ids: Tensor, stream: int, count: int, uniform: bool) -> Tensor:
-    return ids.new_empty((ids.shape[0], count), dtype=torch.float32 if uniform else torch.int64)
-
-
-DRAW = define_triton(
-    "triton_draw(Tensor rng, Tensor ids, int stream, SymInt count, bool uniform) -> Tensor",
-    run,
-    fake,
-)
-
-
 def random_words(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
-    """See the public function."""
-    return DRAW(rng, ids, stream, count, False)
+    return draw(allocate_words(rng, ids, stream, count), rng, ids, stream, count, False)
 
 
 def uniform(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
-    """See the public function."""
-    return DRAW(rng, ids, stream, count, True)
+    return draw(allocate_uniform(rng, ids, stream, count), rng, ids, stream, count, True)

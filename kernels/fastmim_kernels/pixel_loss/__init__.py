@@ -1,9 +1,11 @@
 """Reconstruction loss on the pixels of masked patches, targets read straight from the uint8 master images."""
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_ids, check_images, check_patches, check_rank, fail
+from ..registration import define
 
 __all__ = ["masked_pixel_loss"]
 
@@ -69,17 +71,66 @@ def masked_pixel_loss(
         )
     if kind not in KINDS:
         raise fail("kind", f"one of {', '.join(KINDS)}", repr(kind), "correct kind")
-    return dispatch.implementation("pixel_loss", pred.device.type).masked_pixel_loss(
-        pred,
-        images,
-        ids_masked,
-        patch_size,
-        mean=mean,
-        std=std,
-        size=(h, w),
-        offset=offset,
-        flip=flip,
-        norm=norm,
-        eps=eps,
-        kind=kind,
+    if dispatch.uses_reference("pixel_loss", pred.device, pred, images):
+        return dispatch.reference("pixel_loss").masked_pixel_loss(
+            pred, images, ids_masked, patch_size, mean=mean, std=std, size=(h, w), offset=offset, flip=flip, norm=norm,
+            eps=eps, kind=kind,
+        )  # fmt: skip
+    # On a CPU the gradient for a weight of 1 comes with the loss; for any other weight it is computed anew in the
+    # backward pass. A compiled graph and a GPU do not look at weights, so they always do that.
+    is_gradient_wanted = (
+        pred.device.type == "cpu"
+        and pred.requires_grad
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
     )
+    loss, _ = PIXEL_LOSS(
+        is_gradient_wanted, pred, images.detach(), ids_masked, patch_size, mean, std, (h, w), offset, flip, norm, eps,
+        kind,
+    )  # fmt: skip
+    return loss
+
+
+def allocate(is_gradient_wanted: bool, pred: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """The loss, and its gradient or nothing."""
+    return pred.new_empty((), dtype=torch.float32), pred.new_empty(pred.shape if is_gradient_wanted else (0,))
+
+
+def allocate_backward(grad: Tensor, pred: Tensor, *_: object) -> Tensor:
+    return pred.new_empty(pred.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.has_gradient, pred, images, ids, patch_size, mean, std, size, offset, flip, *rest = inputs
+    gradient = output[1]
+    ctx.mark_non_differentiable(gradient)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(pred, images, ids, offset, flip, gradient)
+    ctx.rest = (patch_size, mean, std, size, rest)
+
+
+def _backward(ctx, grad, _):
+    pred, images, ids, offset, flip, gradient = ctx.saved_tensors
+    patch_size, mean, std, size, rest = ctx.rest
+    # Given away once only: whoever gets it may add to it in place. With create_graph the op below has to see pred, and a
+    # traced weight (no plain Tensor) has no value.
+    has_gradient, ctx.has_gradient = ctx.has_gradient, False
+    if not has_gradient or torch.is_grad_enabled() or type(grad) is not Tensor or grad.item() != 1:
+        gradient = PIXEL_LOSS_BACKWARD(grad, pred, images, ids, patch_size, mean, std, size, offset, flip, *rest)
+    return None, gradient, *[None] * 11
+
+
+ARGUMENTS = (
+    "Tensor pred, Tensor images, Tensor ids_masked, int patch_size, float[]? mean, float[]? std, SymInt[] size,"
+    " Tensor? offset, Tensor? flip, bool norm, float eps, str kind"
+)
+PIXEL_LOSS_BACKWARD = define(
+    "pixel_loss", f"masked_pixel_loss_backward(Tensor grad, {ARGUMENTS}) -> Tensor", allocate_backward
+)
+PIXEL_LOSS = define(
+    "pixel_loss",
+    f"masked_pixel_loss(bool is_gradient_wanted, {ARGUMENTS}) -> (Tensor, Tensor)",
+    allocate,
+    save=_save,
+    backward=_backward,
+)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton
+from ..launch import cdiv
 from ..patches.kernel import (
     PATCHES,
     channel_constants,
@@ -21,7 +21,7 @@ from ..patches.kernel import (
     pixel_constants,
     window_of,
 )
-from . import reference
+from . import allocate, allocate_backward
 
 
 @triton.jit
@@ -92,7 +92,7 @@ def launch(
     patch_size: int,
     mean: list[float] | None,
     std: list[float] | None,
-    w: int,
+    size: list[int],
     offset: Tensor | None,
     flip: Tensor | None,
     norm: bool,
@@ -105,73 +105,21 @@ def launch(
     batch, masked, _ = pred.shape
     pixel_loss_kernel[(batch * cdiv(masked, PATCHES),)](
         pred, images, ids.contiguous(), contiguous(offset), contiguous(flip), loss, upstream, grad,
-        masked, w // patch_size, images.shape[3], eps, *pred.stride(), *images.stride(),
+        masked, size[1] // patch_size, images.shape[3], eps, *pred.stride(), *images.stride(),
         NORM=norm, KIND=kind, **pixel_constants(images, patch_size, mean, std),
     )  # fmt: skip
 
 
-def run(pred, images, ids, patch_size, mean, std, w, offset, flip, norm, eps, kind) -> Tensor:
-    loss = pred.new_empty(pred.shape[:2], dtype=torch.float32)
-    launch(pred, images, ids, patch_size, mean, std, w, offset, flip, norm, eps, kind, loss, None, None)
-    return loss.sum() / pred.numel()
+def masked_pixel_loss(is_gradient_wanted: bool, pred: Tensor, *arguments: object) -> tuple[Tensor, Tensor]:
+    _, gradient = allocate(is_gradient_wanted, pred)
+    losses = pred.new_empty(pred.shape[:2], dtype=torch.float32)
+    launch(pred, *arguments, losses, None, None)
+    if is_gradient_wanted:
+        launch(pred, *arguments, None, losses.new_full((), 1 / pred.numel()), gradient)
+    return losses.sum() / pred.numel(), gradient
 
 
-def fake(pred, images, ids, patch_size, mean, std, w, offset, flip, norm, eps, kind) -> Tensor:
-    return pred.new_empty((), dtype=torch.float32)
-
-
-def run_backward(upstream, pred, images, ids, patch_size, mean, std, w, offset, flip, norm, eps, kind) -> Tensor:
-    grad = fake_backward(upstream, pred)
-    scaled = upstream.float() / pred.numel()
-    launch(pred, images, ids, patch_size, mean, std, w, offset, flip, norm, eps, kind, None, scaled, grad)
-    return grad
-
-
-def fake_backward(upstream, pred, *others) -> Tensor:
-    return pred.new_empty(pred.shape)
-
-
-def save(ctx, inputs, output) -> None:
-    pred, images, ids, ctx.patch_size, ctx.mean, ctx.std, ctx.w, offset, flip, *ctx.options = inputs
-    ctx.save_for_backward(pred, images, ids, offset, flip)
-
-
-def backward(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    pred, images, ids, offset, flip = ctx.saved_tensors
-    grad = BACKWARD(upstream, pred, images, ids, ctx.patch_size, ctx.mean, ctx.std, ctx.w, offset, flip, *ctx.options)
-    return grad, *[None] * 11
-
-
-ARGUMENTS = (
-    "Tensor pred, Tensor images, Tensor ids, int patch_size, float[]? mean, float[]? std, SymInt w, "
-    "Tensor? offset, Tensor? flip, bool norm, float eps, str kind"
-)
-BACKWARD = define_triton(
-    f"triton_masked_pixel_loss_backward(Tensor upstream, {ARGUMENTS}) -> Tensor", run_backward, fake_backward
-)
-FORWARD = define_triton(f"triton_masked_pixel_loss({ARGUMENTS}) -> Tensor", run, fake, save, backward)
-
-
-def masked_pixel_loss(
-    pred: Tensor,
-    images: Tensor,
-    ids_masked: Tensor,
-    patch_size: int,
-    *,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    size: tuple[int, int] | None = None,
-    offset: Tensor | None = None,
-    flip: Tensor | None = None,
-    norm: bool = True,
-    eps: float = 1e-6,
-    kind: str = "mse",
-) -> Tensor:
-    """See the public function. float64 is left to the reference: these kernels compute in float32."""
-    if torch.float64 in (pred.dtype, images.dtype):
-        return reference.masked_pixel_loss(
-            pred, images, ids_masked, patch_size,
-            mean=mean, std=std, size=size, offset=offset, flip=flip, norm=norm, eps=eps, kind=kind,
-        )  # fmt: skip
-    w = images.shape[3] if size is None else size[1]
-    return FORWARD(pred, images, ids_masked, patch_size, mean, std, w, offset, flip, norm, eps, kind)
+def masked_pixel_loss_backward(grad: Tensor, pred: Tensor, *arguments: object) -> Tensor:
+    gradient = allocate_backward(grad, pred)
+    launch(pred, *arguments, None, grad.float() / pred.numel(), gradient)
+    return gradient

@@ -1,9 +1,11 @@
 """Input of a decoder: visible tokens back in place, a mask token elsewhere, positions added."""
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_ids, check_rank, fail
+from ..registration import define
 
 __all__ = ["restore_tokens"]
 
@@ -45,4 +47,66 @@ def restore_tokens(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tens
     for name, tensor in (("mask_token", mask_token), ("pos", pos)):
         if tensor.device != x.device:
             raise fail(name, f"a tensor on {x.device} like x", tensor.device, "move it")
-    return dispatch.implementation("restore", x.device.type).restore_tokens(x, mask_token, pos, ids_restore, num_prefix)
+    if dispatch.uses_reference("restore", x.device, x, mask_token, pos):
+        return dispatch.reference("restore").restore_tokens(x, mask_token, pos, ids_restore, num_prefix)
+    return RESTORE(x, mask_token, pos, ids_restore, num_prefix)
+
+
+def allocate(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tensor, num_prefix: int) -> Tensor:
+    dtype = torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos.dtype)
+    return x.new_empty((x.shape[0], num_prefix + ids_restore.shape[1], x.shape[2]), dtype=dtype)
+
+
+def allocate_backward(
+    grad: Tensor, ids_restore: Tensor, tokens: int, num_prefix: int, dtype: torch.dtype, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    """Gradients of x, mask_token and pos, empty where they are not wanted."""
+    batch, rows, width = grad.shape
+    shapes = (batch, tokens, width), (width,), (rows, width)
+    dtypes = dtype, torch.float32, torch.float32
+    return tuple(grad.new_empty(s if w else (0,), dtype=d) for s, w, d in zip(shapes, wanted, dtypes, strict=True))
+
+
+def _save(ctx, inputs, output) -> None:
+    x, mask_token, pos, ids_restore, ctx.num_prefix = inputs
+    ctx.save_for_backward(ids_restore)
+    ctx.tokens, ctx.dtypes = x.shape[1], (x.dtype, mask_token.dtype, pos.dtype)
+
+
+def _backward(ctx, grad):
+    wanted = list(ctx.needs_input_grad[:3])
+    grads = RESTORE_BACKWARD(grad, *ctx.saved_tensors, ctx.tokens, ctx.num_prefix, ctx.dtypes[0], wanted)
+    return *(g.to(d) if w else None for g, d, w in zip(grads, ctx.dtypes, wanted, strict=True)), None, None
+
+
+def _save_backward(ctx, inputs, output) -> None:
+    grad, ids_restore, _, ctx.num_prefix, _, ctx.wanted = inputs
+    ctx.save_for_backward(ids_restore)
+    ctx.dtype = grad.dtype
+
+
+def _backward_twice(ctx, for_x, for_mask, for_pos):
+    # The op is linear: what its gradient does to directions is what the op itself does to values.
+    if not all(ctx.wanted):
+        raise NotImplementedError(
+            "restore_tokens: expected gradients for x, mask_token and pos where they are differentiated again, got "
+            f"{ctx.wanted}; set FASTMIM_KERNELS=reference."
+        )
+    return RESTORE(for_x, for_mask, for_pos, *ctx.saved_tensors, ctx.num_prefix).to(ctx.dtype), *[None] * 5
+
+
+RESTORE_BACKWARD = define(
+    "restore",
+    "restore_tokens_backward(Tensor grad, Tensor ids_restore, SymInt tokens, SymInt num_prefix, ScalarType dtype,"
+    " bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    allocate_backward,
+    save=_save_backward,
+    backward=_backward_twice,
+)
+RESTORE = define(
+    "restore",
+    "restore_tokens(Tensor x, Tensor mask_token, Tensor pos, Tensor ids_restore, SymInt num_prefix) -> Tensor",
+    allocate,
+    save=_save,
+    backward=_backward,
+)

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton, row_config
-from . import reference
+from ..launch import cdiv, row_config
+from . import allocate, allocate_backward
 
 # Rows of the result per program of the forward pass.
 ROWS = 4
@@ -72,8 +72,10 @@ def restore_backward_kernel(
         place = tl.load(ids_ptr + images * length + row - prefix, mask=exists & is_patch, other=0)
         is_masked = is_patch & (place >= keep)
         token = tl.where(is_patch, prefix + place, row)
-        target = x_grad_ptr + (images * (prefix + keep) + token)[:, None] * width + columns[None, :]
-        tl.store(target, grad.to(x_grad_ptr.dtype.element_ty), mask=(exists & ~is_masked)[:, None] & inside[None, :])
+        if x_grad_ptr is not None:
+            target = x_grad_ptr + (images * (prefix + keep) + token)[:, None] * width + columns[None, :]
+            is_kept = (exists & ~is_masked)[:, None] & inside[None, :]
+            tl.store(target, grad.to(x_grad_ptr.dtype.element_ty), mask=is_kept)
         wide = grad.to(tl.float32)
         mask_sum += tl.where(is_masked[:, None], wide, 0.0)
         if WITH_POS:
@@ -90,14 +92,10 @@ def chunk_size(batch: int) -> int:
     return 64 if batch > 512 else 16
 
 
-def result_dtype(x: Tensor, mask_token: Tensor, pos: Tensor) -> torch.dtype:
-    return torch.promote_types(torch.promote_types(x.dtype, mask_token.dtype), pos.dtype)
-
-
-def run_forward(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tensor, num_prefix: int) -> Tensor:
+def restore_tokens(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tensor, num_prefix: int) -> Tensor:
     batch, tokens, width = x.shape
     length = ids_restore.shape[1]
-    out = fake_forward(x, mask_token, pos, ids_restore, num_prefix)
+    out = allocate(x, mask_token, pos, ids_restore, num_prefix)
     if out.numel():
         config = row_config(width, out.element_size() * ROWS)
         pos = pos if pos.stride(1) == 1 else pos.contiguous()
@@ -109,69 +107,24 @@ def run_forward(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tensor,
     return out
 
 
-def fake_forward(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tensor, num_prefix: int) -> Tensor:
-    shape = (x.shape[0], num_prefix + ids_restore.shape[1], x.shape[2])
-    return x.new_empty(shape, dtype=result_dtype(x, mask_token, pos))
-
-
-def run_backward(
-    grad: Tensor, ids_restore: Tensor, tokens: int, num_prefix: int, dtype: torch.dtype, with_pos: bool
+def restore_tokens_backward(
+    grad: Tensor, ids_restore: Tensor, tokens: int, num_prefix: int, dtype: torch.dtype, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    x_grad, mask_grad, pos_grad = allocate_backward(grad, ids_restore, tokens, num_prefix, dtype, wanted)
     batch, total, width = grad.shape
-    x_grad = grad.new_empty((batch, tokens, width), dtype=dtype)
     chunk = chunk_size(batch)
     chunks = cdiv(batch, chunk)
     mask_sum = grad.new_empty((chunks, total, width), dtype=torch.float32)
-    pos_sum = grad.new_empty((chunks if with_pos else 0, total, width), dtype=torch.float32)
+    pos_sum = grad.new_empty((chunks if wanted[2] else 0, total, width), dtype=torch.float32)
     if grad.numel():
         config = row_config(width, grad.element_size() * IMAGES)
         restore_backward_kernel[(chunks * total, cdiv(width, config["BLOCK"]))](
-            grad, ids_restore.contiguous(), x_grad, mask_sum, pos_sum,
+            grad, ids_restore.contiguous(), x_grad if wanted[0] else None, mask_sum, pos_sum,
             batch, total - num_prefix, tokens - num_prefix, num_prefix, width, *grad.stride(),
-            CHUNK=chunk, IMAGES=IMAGES, WITH_POS=with_pos, **config,
+            CHUNK=chunk, IMAGES=IMAGES, WITH_POS=wanted[2], **config,
         )  # fmt: skip
-    return x_grad, mask_sum.sum((0, 1)), pos_sum.sum(0)
-
-
-def fake_backward(
-    grad: Tensor, ids_restore: Tensor, tokens: int, num_prefix: int, dtype: torch.dtype, with_pos: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, total, width = grad.shape
-    x_grad = grad.new_empty((batch, tokens, width), dtype=dtype)
-    wide = grad.new_empty((total, width), dtype=torch.float32)
-    return x_grad, wide.new_empty(width), wide
-
-
-def save(ctx, inputs, output) -> None:
-    x, mask_token, pos, ids_restore, ctx.num_prefix = inputs
-    ctx.save_for_backward(ids_restore)
-    ctx.tokens, ctx.dtypes = x.shape[1], (x.dtype, mask_token.dtype, pos.dtype)
-
-
-def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x_dtype, mask_dtype, pos_dtype = ctx.dtypes
-    with_pos = ctx.needs_input_grad[2]
-    x_grad, mask_grad, pos_grad = BACKWARD(grad, ctx.saved_tensors[0], ctx.tokens, ctx.num_prefix, x_dtype, with_pos)
-    return x_grad, mask_grad.to(mask_dtype), pos_grad.to(pos_dtype) if with_pos else None, None, None
-
-
-BACKWARD = define_triton(
-    "triton_restore_tokens_backward(Tensor grad, Tensor ids_restore, SymInt tokens, SymInt num_prefix, "
-    "ScalarType dtype, bool with_pos) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-)
-FORWARD = define_triton(
-    "triton_restore_tokens(Tensor x, Tensor mask_token, Tensor pos, Tensor ids_restore, SymInt num_prefix) -> Tensor",
-    run_forward,
-    fake_forward,
-    save,
-    backward,
-)
-
-
-def restore_tokens(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tensor, num_prefix: int = 1) -> Tensor:
-    """See the public function. float64 is left to the reference: these kernels add in float32."""
-    if result_dtype(x, mask_token, pos) == torch.float64:
-        return reference.restore_tokens(x, mask_token, pos, ids_restore, num_prefix)
-    return FORWARD(x, mask_token, pos, ids_restore, num_prefix)
+    if wanted[1]:
+        torch.sum(mask_sum, (0, 1), out=mask_grad)
+    if wanted[2]:
+        torch.sum(pos_sum, 0, out=pos_grad)
+    return x_grad, mask_grad, pos_grad

@@ -2,10 +2,12 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_like, check_rank, fail, is_readable
+from ..registration import define, refuse_second_derivative
 
 __all__ = ["TokenLoss", "linear_cross_entropy"]
 
@@ -56,5 +58,49 @@ def linear_cross_entropy(
             raise fail("labels", expected, f"{low}..{high}", "check the vocabulary", IndexError)
     if chunk is not None and chunk < 1:
         raise fail("chunk", "at least 1 row", chunk, "correct chunk")
-    op = dispatch.implementation("token_loss", x.device.type)
-    return TokenLoss(*op.linear_cross_entropy(x, weight, bias, labels, chunk=chunk))
+    if dispatch.uses_reference("token_loss", x.device, x, weight, bias):
+        return TokenLoss(*dispatch.reference("token_loss").linear_cross_entropy(x, weight, bias, labels, chunk=chunk))
+    work = torch.promote_types(x.dtype, weight.dtype)
+    if torch.is_autocast_enabled(x.device.type):
+        work = torch.get_autocast_dtype(x.device.type)
+    is_training = torch.is_grad_enabled()
+    needs = [is_training and t is not None and t.requires_grad for t in (x, weight, bias)]
+    chunk = chunk or dispatch.reference("token_loss").default_chunk(x.device.type)
+    loss, accuracy, *_ = TOKEN_LOSS(x, weight, bias, labels, chunk, work, needs)
+    return TokenLoss(loss, accuracy)
+
+
+def allocate(x, weight, bias, labels, chunk, work, needs) -> tuple[Tensor, ...]:
+    """Loss, accuracy, and gradients of the sum of the rows' losses, empty where not needed."""
+    loss = x.new_empty((), dtype=torch.float32)
+    shapes = (x.shape, weight.shape, weight.shape[:1])
+    grads = [loss.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+    return loss, loss.new_empty(()), *grads
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weight, bias, *_, ctx.needs = inputs
+    ctx.save_for_backward(*output[2:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.rows, ctx.dtypes = x.shape[0], [None if t is None else t.dtype for t in (x, weight, bias)]
+
+
+def _backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        refuse_second_derivative("linear_cross_entropy")
+    scale = grad / ctx.rows
+    grads = [
+        (g * scale).to(dtype) if need else None
+        for g, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+    ]
+    return *grads, None, None, None, None
+
+
+TOKEN_LOSS = define(
+    "token_loss",
+    "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor labels, SymInt chunk, ScalarType work,"
+    " bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    allocate,
+    save=_save,
+    backward=_backward,
+)

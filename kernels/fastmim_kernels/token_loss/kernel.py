@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import define_triton, next_power_of_2
-from . import reference
+from ..launch import next_power_of_2
+from . import allocate
 
 
 @triton.jit
@@ -53,10 +53,10 @@ def softmax_kernel(
             tl.store(logits_ptr + columns, error.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
-def run(
+def linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, chunk: int, work: torch.dtype, needs: list[bool]
 ) -> tuple[Tensor, ...]:
-    _, _, *grads = fake(x, weight, bias, labels, chunk, work, needs)
+    _, _, *grads = allocate(x, weight, bias, labels, chunk, work, needs)
     grad_x, grad_weight, grad_bias = (grad.zero_() if i else grad for i, grad in enumerate(grads))
     rows, vocabulary = x.shape[0], weight.shape[0]
     loss, correct = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
@@ -78,53 +78,3 @@ def run(
             if needs[2]:
                 grad_bias += logits.sum(0, dtype=torch.float32)
     return loss.mean(), correct.mean(), grad_x, grad_weight, grad_bias
-
-
-def fake(x, weight, bias, labels, chunk, work, needs) -> tuple[Tensor, ...]:
-    """Loss, accuracy, and gradients of the sum of the rows' losses, empty where not needed."""
-    loss = x.new_empty((), dtype=torch.float32)
-    shapes = (x.shape, weight.shape, weight.shape[:1])
-    grads = [loss.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
-    return loss, loss.new_empty(()), *grads
-
-
-def save(ctx, inputs, output) -> None:
-    x, weight, bias, *_, ctx.needs = inputs
-    ctx.save_for_backward(*output[2:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.rows, ctx.dtypes = x.shape[0], [None if t is None else t.dtype for t in (x, weight, bias)]
-
-
-def backward(ctx, upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    scale = upstream / ctx.rows
-    grads = [
-        (grad * scale).to(dtype) if need else None
-        for grad, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
-    ]
-    return *grads, None, None, None, None
-
-
-FORWARD = define_triton(
-    "triton_linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor labels, SymInt chunk, ScalarType work, "
-    "bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    save,
-    backward,
-)
-
-
-def linear_cross_entropy(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chunk: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """See the public function. float64 is left to the reference: this kernel adds in float32."""
-    work = torch.promote_types(x.dtype, weight.dtype)
-    if work == torch.float64 or (bias is not None and bias.dtype == torch.float64):
-        return reference.linear_cross_entropy(x, weight, bias, labels, chunk=chunk)
-    if torch.is_autocast_enabled(x.device.type):
-        work = torch.get_autocast_dtype(x.device.type)
-    is_training = torch.is_grad_enabled()
-    needs = [is_training and t is not None and t.requires_grad for t in (x, weight, bias)]
-    chunk = chunk or reference.CHUNK.get(x.device.type, reference.DEFAULT_CHUNK)
-    loss, accuracy, *_ = FORWARD(x, weight, bias, labels, chunk, work, needs)
-    return loss, accuracy

@@ -11,11 +11,16 @@ CHUNK = {"cpu": 256}
 DEFAULT_CHUNK = 4096
 
 
+def default_chunk(device_type: str) -> int:
+    """Rows at a time."""
+    return CHUNK.get(device_type, DEFAULT_CHUNK)
+
+
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """See the public function."""
-    chunk = chunk or CHUNK.get(x.device.type, DEFAULT_CHUNK)
+    chunk = chunk or default_chunk(x.device.type)
     work = torch.promote_types(x.dtype, weight.dtype)
     if torch.is_autocast_enabled(x.device.type) and work != torch.float64:
         work = torch.get_autocast_dtype(x.device.type)

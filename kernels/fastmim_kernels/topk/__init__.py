@@ -5,8 +5,12 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_like, check_positive, check_rank, fail
+from ..registration import define
 
 __all__ = ["topk_attention"]
+
+# Tokens and width of a head that a GPU's program can hold; longer ones are left to the reference there.
+MAX_TOKENS, MAX_WIDTH = 2048, 128
 
 
 def topk_attention(
@@ -56,6 +60,54 @@ def topk_attention(
     check_positive("scale", scale)
     if labels is not None:
         check_like("labels", labels, (q.shape[0], length - num_prefix), torch.int64, q.device)
-    return dispatch.implementation("topk", q.device.type).topk_attention(
-        q, k, v, topk, num_prefix=num_prefix, scale=scale, labels=labels
-    )
+    is_too_large = q.device.type == "cuda" and (length > MAX_TOKENS or q.shape[3] > MAX_WIDTH)
+    if is_too_large or dispatch.uses_reference("topk", q.device, q):
+        return dispatch.reference("topk").topk_attention(
+            q, k, v, topk, num_prefix=num_prefix, scale=scale, labels=labels
+        )
+    out, _, _, count = TOPK(q, k, v, topk, num_prefix, scale, labels)
+    return out if labels is None else (out, count)
+
+
+def new_tokens(like: Tensor) -> Tensor:
+    """Like a (B, H, N, d) tensor; on a GPU with the heads of a token side by side, as the next linear layer reads it."""
+    batch, heads, length, width = like.shape
+    if dispatch.compiled_backend("topk", like.device.type) == "native":
+        return like.new_empty(like.shape)
+    return like.new_empty((batch, length, heads, width)).transpose(1, 2)
+
+
+def allocate(q, k, v, topk, num_prefix, scale, labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Result, two numbers per query from which the backward pass makes its weights again, and the counts."""
+    batch, heads, length, _ = q.shape
+    lse, threshold = (q.new_empty((batch, heads, length), dtype=torch.float32) for _ in range(2))
+    counted = (batch, heads, length - num_prefix) if labels is not None else (0,)
+    return new_tokens(v), lse, threshold, q.new_empty(counted, dtype=torch.int64)
+
+
+def allocate_backward(grad, q, k, v, *_) -> tuple[Tensor, Tensor, Tensor]:
+    return new_tokens(q), new_tokens(k), new_tokens(v)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, _, ctx.num_prefix, ctx.scale, _ = inputs
+    out, lse, threshold, count = output
+    ctx.mark_non_differentiable(lse, threshold, count)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, threshold)
+
+
+TOPK_BACKWARD = define(
+    "topk",
+    "topk_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor threshold,"
+    " SymInt num_prefix, float scale) -> (Tensor, Tensor, Tensor)",
+    allocate_backward,
+)
+TOPK = define(
+    "topk",
+    "topk_attention(Tensor q, Tensor k, Tensor v, SymInt topk, SymInt num_prefix, float scale, Tensor? labels)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    allocate,
+    save=_save,
+    backward=lambda ctx, grad, *_: (*TOPK_BACKWARD(grad, *ctx.saved_tensors, ctx.num_prefix, ctx.scale), *[None] * 4),
+)

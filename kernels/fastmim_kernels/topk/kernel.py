@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton, next_power_of_2
-from . import reference
+from ..launch import cdiv, next_power_of_2
+from . import allocate, allocate_backward
 
-# Scores that a program of the forward pass holds, per warp. Rows of more than MAX_TOKENS do not fit.
-HELD, MAX_TOKENS = 2048, 2048
+# Scores that a program of the forward pass holds, per warp.
+HELD = 2048
 # Bytes of a tile of keys in shared memory.
 TILE_BYTES = 32768
 
@@ -217,16 +217,15 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32x3" if is_highest else "tf32"
 
 
-def new_tokens(like: Tensor) -> Tensor:
-    """Like a (B, H, N, d) tensor, with the heads of a token side by side, as the next linear layer reads them."""
-    batch, heads, length, width = like.shape
-    return like.new_empty((batch, length, heads, width)).transpose(1, 2)
+def bits(threshold: Tensor) -> Tensor:
+    """Thresholds are integers that order as scores do; only their 32 bits are kept."""
+    return threshold.view(torch.int32)
 
 
-def run(
+def topk_attention(
     q: Tensor, k: Tensor, v: Tensor, topk: int, num_prefix: int, scale: float, labels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    out, lse, threshold, count = fake(q, k, v, topk, num_prefix, scale, labels)
+    out, lse, threshold, count = allocate(q, k, v, topk, num_prefix, scale, labels)
     batch, heads, length, width = q.shape
     if out.numel():
         every = max(16, next_power_of_2(length))
@@ -235,7 +234,7 @@ def run(
         most, warps = (32, 8) if q.dtype == torch.float32 else (64, 4)
         rows = max(16, min(most, 8 * HELD // every, next_power_of_2(length)))
         forward_kernel[(batch * heads * cdiv(length, rows),)](
-            q, k, v, None if labels is None else labels.contiguous(), out, lse, threshold, count,
+            q, k, v, None if labels is None else labels.contiguous(), out, lse, bits(threshold), count,
             heads, length, width, num_prefix, topk, scale,
             *q.stride(), *k.stride(), *v.stride(), *out.stride()[:3],
             PRECISION=precision(q.dtype), ROWS=rows, KEYS=32, ALL=every, WIDTH=wide,
@@ -245,23 +244,11 @@ def run(
     return out, lse, threshold, count
 
 
-def fake(q, k, v, topk, num_prefix, scale, labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, length, _ = q.shape
-    rows = q.new_empty((batch, heads, length), dtype=torch.float32)
-    counted = (batch, heads, length - num_prefix) if labels is not None else (0,)
-    return (
-        new_tokens(v),
-        rows,
-        rows.new_empty(rows.shape, dtype=torch.int32),
-        rows.new_empty(counted, dtype=torch.int64),
-    )
-
-
-def run_backward(
+def topk_attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, threshold: Tensor,
     num_prefix: int, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = fake_backward(grad, q, k, v)
+    grads = allocate_backward(grad, q, k, v)
     batch, heads, length, width = q.shape
     if out.numel():
         delta = torch.empty_like(lse)
@@ -277,58 +264,9 @@ def run_backward(
         sizes = (heads, length, width, num_prefix, scale)
         strides = (*q.stride(), *k.stride(), *v.stride(), *grad.stride(), *grads[0].stride()[:3])
         query_grad_kernel[grid](
-            q, k, v, out, grad, lse, threshold, delta, grads[0], *sizes, *strides, ROWS=own, KEYS=other, **options
+            q, k, v, out, grad, lse, bits(threshold), delta, grads[0], *sizes, *strides, ROWS=own, KEYS=other, **options
         )
         key_grad_kernel[grid](
-            q, k, v, grad, lse, threshold, delta, *grads[1:], *sizes, *strides, ROWS=other, KEYS=own, **options
+            q, k, v, grad, lse, bits(threshold), delta, *grads[1:], *sizes, *strides, ROWS=other, KEYS=own, **options
         )
     return grads
-
-
-def fake_backward(grad, q, k, v, *others) -> tuple[Tensor, Tensor, Tensor]:
-    return new_tokens(q), new_tokens(k), new_tokens(v)
-
-
-def save(ctx, inputs, output) -> None:
-    q, k, v, _, ctx.num_prefix, ctx.scale, _ = inputs
-    out, lse, threshold, count = output
-    ctx.save_for_backward(q, k, v, out, lse, threshold)
-    ctx.mark_non_differentiable(lse, threshold, count)
-
-
-def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return *BACKWARD(grad, *ctx.saved_tensors, ctx.num_prefix, ctx.scale), None, None, None, None
-
-
-BACKWARD = define_triton(
-    "triton_topk_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor threshold, SymInt num_prefix, float scale) -> (Tensor, Tensor, Tensor)",
-    run_backward,
-    fake_backward,
-)
-FORWARD = define_triton(
-    "triton_topk_attention(Tensor q, Tensor k, Tensor v, SymInt topk, SymInt num_prefix, float scale, Tensor? labels) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    run,
-    fake,
-    save,
-    backward,
-)
-
-
-def topk_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    topk: int,
-    *,
-    num_prefix: int = 1,
-    scale: float | None = None,
-    labels: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See the public function. float64, heads wider than 128 and very long rows are left to the reference."""
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    if q.dtype == torch.float64 or q.shape[3] > 128 or q.shape[2] > MAX_TOKENS:
-        return reference.topk_attention(q, k, v, topk, num_prefix=num_prefix, scale=scale, labels=labels)
-    out, _, _, count = FORWARD(q, k, v, topk, num_prefix, scale, labels)
-    return out if labels is None else (out, count)

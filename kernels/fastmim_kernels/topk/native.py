@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import native_library
-from ..registration import define, no_second_derivative
-from . import reference
+from . import allocate, allocate_backward
 
 _softmax = native_library.function("topk_softmax")
 _softmax_backward = native_library.function("topk_softmax_backward")
@@ -41,17 +40,10 @@ def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_empty((most, length, length), dtype=dtype)
 
 
-def _fake(q, k, v, topk, num_prefix, scale, labels) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, heads, length, _ = q.shape
-    tops, least = (q.new_empty((batch, heads, length), dtype=torch.float32) for _ in range(2))
-    counted = (batch, heads, length - num_prefix) if labels is not None else (0,)
-    return q.new_empty(q.shape), tops, least, q.new_empty(counted, dtype=torch.int64)
-
-
-def _forward(
+def topk_attention(
     q: Tensor, k: Tensor, v: Tensor, topk: int, num_prefix: int, scale: float, labels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    outs = out, tops, least, counts = _fake(q, k, v, topk, num_prefix, scale, labels)
+    outs = out, tops, least, counts = allocate(q, k, v, topk, num_prefix, scale, labels)
     kind, threads = native_library.DTYPES[q.dtype], torch.get_num_threads()
     all_scores, all_weights = _scratch(q, torch.float32), _scratch(q, q.dtype)
     with torch.autocast("cpu", enabled=False):
@@ -68,10 +60,11 @@ def _forward(
     return outs
 
 
-def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, tops: Tensor, least: Tensor, num_prefix: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    outs = tuple(t.new_empty(t.shape) for t in (q, k, v))
+def topk_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, tops: Tensor, least: Tensor, num_prefix: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    outs = allocate_backward(grad, q, k, v)
     kind, threads = native_library.DTYPES[q.dtype], torch.get_num_threads()
     all_scores, all_weights, all_slopes = (_scratch(q, d) for d in (torch.float32, q.dtype, q.dtype))
     with torch.autocast("cpu", enabled=False):
@@ -89,46 +82,3 @@ def _backward(
             torch.bmm(slopes.transpose(1, 2), queries, out=for_k)
             torch.bmm(weights.transpose(1, 2), g, out=for_v)
     return outs
-
-
-def _save(ctx, inputs, output) -> None:
-    q, k, v, _, ctx.num_prefix, ctx.scale, _ = inputs
-    _, tops, least, counts = output
-    ctx.mark_non_differentiable(tops, least, counts)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(q, k, v, tops, least)
-
-
-_gradient = define(
-    "native_topk_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor tops, Tensor least,"
-    " SymInt num_prefix, float scale) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    lambda grad, q, k, v, *_: tuple(t.new_empty(t.shape) for t in (q, k, v)),
-    backward=no_second_derivative("topk_attention"),
-)
-_op = define(
-    "native_topk_attention(Tensor q, Tensor k, Tensor v, SymInt topk, SymInt num_prefix, float scale, Tensor? labels)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _fake,
-    backward=lambda ctx, grad, *_: (*_gradient(grad, *ctx.saved_tensors, ctx.num_prefix, ctx.scale), *[None] * 4),
-    save=_save,
-)
-
-
-def topk_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    topk: int,
-    *,
-    num_prefix: int = 1,
-    scale: float | None = None,
-    labels: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """See the public function. float64 is left to the reference."""
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    if q.dtype not in native_library.FLOATS:
-        return reference.topk_attention(q, k, v, topk, num_prefix=num_prefix, scale=scale, labels=labels)
-    out, _, _, counts = _op(q, k, v, topk, num_prefix, scale, labels)
-    return out if labels is None else (out, counts)

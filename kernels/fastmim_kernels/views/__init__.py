@@ -1,5 +1,6 @@
 """Augmented views from uint8 master images: flip, window, color jitter, grey, blur, normalize in one op."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import check_images, check_like, check_positive, fail
+from ..registration import define
 
 __all__ = ["ColorJitter", "shift_flip_jitter"]
 
@@ -77,19 +79,18 @@ def shift_flip_jitter(
         check_positive("max_blur_sigma", max_blur_sigma)
     if not dtype.is_floating_point:
         raise fail("dtype", "a floating dtype", dtype, "use torch.float32 or torch.bfloat16", TypeError)
-    return dispatch.implementation("views", images.device.type).shift_flip_jitter(
-        images,
-        size=tuple(size),
-        offset=offset,
-        flip=flip,
-        jitter=jitter,
-        grey=grey,
-        blur_sigma=blur_sigma,
-        max_blur_sigma=max_blur_sigma,
-        mean=mean,
-        std=std,
-        dtype=dtype,
-    )
+    size = tuple(size)
+    if dispatch.uses_reference("views", images.device, images, dtype):
+        return dispatch.reference("views").shift_flip_jitter(
+            images, size=size, offset=offset, flip=flip, jitter=jitter, grey=grey, blur_sigma=blur_sigma,
+            max_blur_sigma=max_blur_sigma, mean=mean, std=std, dtype=dtype,
+        )  # fmt: skip
+    apply, order, *amounts = (None, None) if jitter is None else jitter
+    with torch.no_grad():
+        amounts = torch.stack([a.float() for a in amounts]) if amounts else None
+        blur_sigma = None if blur_sigma is None else blur_sigma.float()
+        radius = 0 if blur_sigma is None else math.ceil(3 * max_blur_sigma)
+        return VIEWS(images, size, offset, flip, apply, order, amounts, grey, blur_sigma, radius, mean, std, dtype)
 
 
 def _check_amount(name: str, amount: Tensor, images: Tensor) -> None:
@@ -97,3 +98,16 @@ def _check_amount(name: str, amount: Tensor, images: Tensor) -> None:
         got = amount.dtype if isinstance(amount, Tensor) else type(amount).__name__
         raise fail(name, "a float tensor", got, "pass one number per image", TypeError)
     check_like(name, amount, (images.shape[0],), amount.dtype, images.device)
+
+
+def allocate(images, size, *arguments) -> Tensor:
+    return images.new_empty((*images.shape[:2], *size), dtype=arguments[-1])
+
+
+VIEWS = define(
+    "views",
+    "shift_flip_jitter(Tensor images, SymInt[] size, Tensor? offset, Tensor? flip, Tensor? apply, Tensor? order,"
+    " Tensor? amounts, Tensor? grey, Tensor? blur_sigma, int radius, float[]? mean, float[]? std, ScalarType dtype)"
+    " -> Tensor",
+    allocate,
+)

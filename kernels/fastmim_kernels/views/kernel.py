@@ -5,15 +5,13 @@ amounts and branches. Contrast needs the mean of the image as it is just before,
 steps before contrast done anew in registers. Blurred images pass through a float32 copy, once per direction.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launch import cdiv, define_triton
-from . import ColorJitter, reference
+from ..launch import cdiv
+from . import allocate
 
 # What is absent is decided when a kernel is compiled, what an image asks for when it runs: not one condition.
 # ruff: noqa: SIM102
@@ -276,22 +274,23 @@ def blur_kernel(
         tl.store(out_ptr + plane * (h * w) + pixel, blurred.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def run(
+def shift_flip_jitter(
     images: Tensor,
-    h: int,
-    w: int,
+    size: list[int],
     offset: Tensor | None,
     flip: Tensor | None,
-    jitter: list[Tensor] | None,
+    apply: Tensor | None,
+    order: Tensor | None,
+    amounts: Tensor | None,
     grey: Tensor | None,
     blur_sigma: Tensor | None,
-    max_blur_sigma: float,
+    radius: int,
     mean: list[float] | None,
     std: list[float] | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    batch, channels, _, width = images.shape
-    out = fake(images, h, w, offset, flip, jitter, grey, blur_sigma, max_blur_sigma, mean, std, dtype)
+    (h, w), (batch, channels, _, width) = size, images.shape
+    out = allocate(images, size, dtype)
     if out.numel() == 0:
         return out
     tiles = cdiv(h * w, BLOCK)
@@ -304,12 +303,11 @@ def run(
         "BLOCK": BLOCK,
         "num_warps": 4,
     }
-    offset, flip, grey, blur_sigma = (None if t is None else t.contiguous() for t in (offset, flip, grey, blur_sigma))
+    small = (offset, flip, apply, order, grey, blur_sigma)
+    offset, flip, apply, order, grey, blur_sigma = (None if t is None else t.contiguous() for t in small)
     window = (images, offset, flip)
-    apply = order = amounts = sums = copy = None
-    if jitter is not None:
-        apply, order = (t.contiguous() for t in jitter[:2])
-        amounts = torch.stack([t.float() for t in jitter[2:]])
+    sums = copy = None
+    if amounts is not None:
         sums = images.new_empty((batch, tiles), dtype=torch.float32)
         mean_kernel[(batch * tiles,)](
             *window, apply, order, amounts, sums, batch, h, w, width, *images.stride(),
@@ -322,47 +320,8 @@ def run(
         batch, h, w, width, *images.stride(), LEVELS=levels, TILES=1 << (tiles - 1).bit_length(), **constants,
     )  # fmt: skip
     if copy is not None:
-        radius = math.ceil(3 * max_blur_sigma)
         grid = (batch * channels * tiles,)
         plain = {**constants, "NORMALIZE": False}
         blur_kernel[grid](blur_sigma, copy[0], copy[1], h, w, RADIUS=radius, ALONG_ROWS=True, **plain)
         blur_kernel[grid](blur_sigma, copy[1], out, h, w, RADIUS=radius, ALONG_ROWS=False, **constants)
     return out
-
-
-def fake(images: Tensor, h, w, offset, flip, jitter, grey, blur_sigma, max_blur_sigma, mean, std, dtype) -> Tensor:
-    return images.new_empty((*images.shape[:2], h, w), dtype=dtype)
-
-
-VIEWS = define_triton(
-    "triton_shift_flip_jitter(Tensor images, SymInt h, SymInt w, Tensor? offset, Tensor? flip, Tensor[]? jitter, "
-    "Tensor? grey, Tensor? blur_sigma, float max_blur_sigma, float[]? mean, float[]? std, ScalarType dtype) -> Tensor",
-    run,
-    fake,
-)
-
-
-def shift_flip_jitter(
-    images: Tensor,
-    *,
-    size: tuple[int, int],
-    offset: Tensor | None = None,
-    flip: Tensor | None = None,
-    jitter: ColorJitter | None = None,
-    grey: Tensor | None = None,
-    blur_sigma: Tensor | None = None,
-    max_blur_sigma: float = 2.0,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """See the public function. float64 is left to the reference: these kernels compute in float32."""
-    if torch.float64 in (images.dtype, dtype):
-        return reference.shift_flip_jitter(
-            images, size=size, offset=offset, flip=flip, jitter=jitter, grey=grey, blur_sigma=blur_sigma,
-            max_blur_sigma=max_blur_sigma, mean=mean, std=std, dtype=dtype,
-        )  # fmt: skip
-    # The result is a constant, as the reference's.
-    with torch.no_grad():
-        amounts = None if jitter is None else list(jitter)
-        return VIEWS(images, *size, offset, flip, amounts, grey, blur_sigma, max_blur_sigma, mean, std, dtype)

@@ -1,0 +1,251 @@
+// Attention over packed queries, keys and values, in bfloat16 by matrix tiles (AMX); where the compiler's target has none,
+// the functions say so and Python takes the reference.
+//
+// One (image, head) at a time: its rows are copied into padded tables that the tiles can load, so neither the caller nor
+// the kernel ever writes a permuted copy of the batch. Queries come in blocks of 32 rows; a block's scores live in the
+// cache. The backward pass computes the probabilities again from the saved logarithm of their sum.
+#include "tiles.h"
+
+namespace fastmim {
+
+#ifdef FASTMIM_HAS_TILES
+namespace {
+
+constexpr float LOG2_E = 1.44269504f;
+
+// Writes rows of floats (columns `stride` apart) as bfloat16, each times its factor.
+inline void write_row(const float* x, float factor, int64_t width, bfloat16* out) {
+  const __m512 f = _mm512_set1_ps(factor);
+  for (int64_t j = 0; j < width; j += 16) {
+    const auto mask = static_cast<__mmask16>((uint32_t{1} << std::min<int64_t>(16, width - j)) - 1);
+    const auto half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + j), f)));
+    _mm256_mask_storeu_epi16(out + j, mask, half);
+  }
+}
+
+// x (padded width, padded rows) floats -> `rows` rows of bfloat16, `stride` values apart.
+void write_transposed(const float* x, int64_t padded_rows, int64_t rows, int64_t width, int64_t stride, bfloat16* out) {
+  __m512i v[16];
+  for (int64_t c = 0; c < width; c += 16) {
+    const auto mask = static_cast<__mmask16>((uint32_t{1} << std::min<int64_t>(16, width - c)) - 1);
+    for (int64_t r = 0; r < rows; r += 16) {
+      for (int64_t i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(x + (c + i) * padded_rows + r);
+      transpose16(v);
+      for (int64_t i = 0; i < std::min<int64_t>(16, rows - r); ++i) {
+        const auto half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_castsi512_ps(v[i])));
+        _mm256_mask_storeu_epi16(out + (r + i) * stride + c, mask, half);
+      }
+    }
+  }
+}
+
+// 2^x for x <= 0, to 2 units in the last place: far below what bfloat16 keeps. Minimax polynomial of 2^f on [-0.5, 0.5].
+inline __m512 exp2(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
+  __m512 y = _mm512_set1_ps(1.33395865e-3f);
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.61812911e-3f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55041087e-2f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40226507e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93147181e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+  return _mm512_scalef_ps(y, whole);
+}
+
+// The columns of a padded row that count.
+inline __mmask16 inside(int64_t length, int64_t j) {
+  return static_cast<__mmask16>((uint32_t{1} << std::clamp<int64_t>(length - j, 0, 16)) - 1);
+}
+
+// Sizes, and where things lie. Inputs and outputs: (batch, length, slots, heads, width).
+struct Shape {
+  int64_t length, heads, width;
+  int64_t rows() const { return blocks_up(length); }
+  int64_t columns() const { return blocks_up(width); }
+  int64_t stride(int64_t slots) const { return slots * heads * width; }
+  int64_t at(int64_t item, int64_t slots, int64_t slot) const {
+    return item / heads * length * stride(slots) + slot * heads * width + item % heads * width;
+  }
+};
+
+// Room of one worker, cut up in order.
+class Room {
+ public:
+  explicit Room(float* start) : next_(start) {}
+  float* floats(int64_t count) {
+    float* here = next_;
+    next_ += padded(count);
+    return here;
+  }
+  bfloat16* halves(int64_t count) { return reinterpret_cast<bfloat16*>(floats((count + 1) / 2)); }
+
+ private:
+  float* next_;
+};
+
+int64_t room_for(const Shape& s) {
+  const int64_t n = s.rows(), d = s.columns();
+  // At most ten tables of a head, a block of scores and one of their gradients, and two (n, n) tables in bfloat16.
+  return 12 * padded(n * d) + 4 * padded(BLOCK * n) + 2 * padded(n * n / 2 + 1) + 2 * padded(BLOCK * d);
+}
+
+void forward_head(const Shape& s, const bfloat16* qkv, float scale, int64_t item, float* room, bfloat16* out, float* sums) {
+  const int64_t n = s.rows(), d = s.columns(), stride = s.stride(3);
+  Room cut(room);
+  bfloat16 *q = cut.halves(n * d), *rows = cut.halves(n * d), *k = cut.halves(n * d), *v = cut.halves(n * d);
+  copy_rows(qkv + s.at(item, 3, 0), stride, s.length, s.width, n, d, q);
+  copy_rows(qkv + s.at(item, 3, 1), stride, s.length, s.width, n, d, rows);
+  transpose_words(rows, n, d / 2, k);
+  copy_rows(qkv + s.at(item, 3, 2), stride, s.length, s.width, n, d, rows);
+  pair_rows(rows, n, d, v);
+  float *scores = cut.floats(BLOCK * n), *mixed = cut.floats(BLOCK * d);
+  bfloat16* p = cut.halves(BLOCK * n);
+  const __m512 factor = _mm512_set1_ps(scale * LOG2_E);
+  for (int64_t i = 0; i < s.length; i += BLOCK) {
+    product(q + i * d, d, k, n, BLOCK, n, d, scores, n);
+    float total[BLOCK];
+    for (int64_t r = 0; r < BLOCK; ++r) {
+      const float* row = scores + r * n;
+      __m512 most = _mm512_set1_ps(-__builtin_huge_valf());
+      for (int64_t j = 0; j < s.length; j += 16)
+        most = _mm512_mask_max_ps(most, inside(s.length, j), most, _mm512_mul_ps(_mm512_loadu_ps(row + j), factor));
+      const float top = _mm512_reduce_max_ps(most);
+      __m512 sum = _mm512_setzero_ps();
+      for (int64_t j = 0; j < n; j += 16) {
+        const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, _mm512_set1_ps(top));
+        const __m512 e = _mm512_maskz_mov_ps(inside(s.length, j), exp2(x));
+        sum = _mm512_add_ps(sum, e);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + r * n + j), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(e)));
+      }
+      total[r] = _mm512_reduce_add_ps(sum);
+      if (i + r < s.length) sums[item * s.length + i + r] = top + __builtin_log2f(total[r]);
+    }
+    product(p, n, v, d, BLOCK, d, n, mixed, d);
+    for (int64_t r = 0; r < std::min(BLOCK, s.length - i); ++r)
+      write_row(mixed + r * d, 1 / total[r], s.width, out + s.at(item, 1, 0) + (i + r) * s.stride(1));
+  }
+}
+
+void backward_head(const Shape& s, const bfloat16* grad, const bfloat16* qkv, const float* sums, float scale, int64_t item,
+                   float* room, bfloat16* out) {
+  const int64_t n = s.rows(), d = s.columns(), stride = s.stride(3);
+  Room cut(room);
+  bfloat16 *q = cut.halves(n * d), *g = cut.halves(n * d), *rows = cut.halves(n * d), *pairs = cut.halves(n * d);
+  bfloat16 *kt = cut.halves(n * d), *kp = cut.halves(n * d), *vt = cut.halves(n * d), *qt = cut.halves(n * d),
+           *gt = cut.halves(n * d);
+  copy_rows(qkv + s.at(item, 3, 0), stride, s.length, s.width, n, d, q);
+  copy_rows(grad + s.at(item, 1, 0), s.stride(1), s.length, s.width, n, d, g);
+  // A table in pairs of rows, transposed by words, is the transposed table.
+  pair_rows(q, n, d, pairs);
+  transpose_words(pairs, n / 2, d, qt);
+  pair_rows(g, n, d, pairs);
+  transpose_words(pairs, n / 2, d, gt);
+  copy_rows(qkv + s.at(item, 3, 1), stride, s.length, s.width, n, d, rows);
+  transpose_words(rows, n, d / 2, kt);
+  pair_rows(rows, n, d, kp);
+  copy_rows(qkv + s.at(item, 3, 2), stride, s.length, s.width, n, d, rows);
+  transpose_words(rows, n, d / 2, vt);
+
+  float *p = cut.floats(BLOCK * n), *dp = cut.floats(BLOCK * n), *result = cut.floats(n * d);
+  bfloat16 *ds = cut.halves(BLOCK * n), *p_pairs = cut.halves(n * n), *ds_pairs = cut.halves(n * n);
+  const __m512 factor = _mm512_set1_ps(scale * LOG2_E), by_scale = _mm512_set1_ps(scale);
+  for (int64_t i = 0; i < n; i += BLOCK) {
+    product(q + i * d, d, kt, n, BLOCK, n, d, p, n);
+    product(g + i * d, d, vt, n, BLOCK, n, d, dp, n);
+    for (int64_t r = 0; r < BLOCK; r += PAIR) {
+      __m512 along[PAIR], sum[PAIR];
+      for (int64_t t = 0; t < PAIR; ++t) {
+        float *row = p + (r + t) * n, *slope = dp + (r + t) * n;
+        const bool counts = i + r + t < s.length;
+        sum[t] = _mm512_set1_ps(counts ? sums[item * s.length + i + r + t] : 0);
+        along[t] = _mm512_setzero_ps();
+        for (int64_t j = 0; j < n; j += 16) {
+          const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, sum[t]);
+          const __m512 e = _mm512_maskz_mov_ps(counts ? inside(s.length, j) : 0, exp2(x));
+          _mm512_storeu_ps(row + j, e);
+          along[t] = _mm512_fmadd_ps(e, _mm512_loadu_ps(slope + j), along[t]);
+        }
+        along[t] = _mm512_set1_ps(_mm512_reduce_add_ps(along[t]));
+      }
+      bfloat16 *p_row = p_pairs + (i + r) / 2 * n * PAIR, *ds_row = ds_pairs + (i + r) / 2 * n * PAIR;
+      for (int64_t j = 0; j < n; j += 16) {
+        __m256i prob[PAIR], slope[PAIR];
+        for (int64_t t = 0; t < PAIR; ++t) {
+          const int64_t at = (r + t) * n + j;
+          const __m512 e = _mm512_loadu_ps(p + at);
+          const __m512 x = _mm512_mul_ps(_mm512_mul_ps(e, by_scale), _mm512_sub_ps(_mm512_loadu_ps(dp + at), along[t]));
+          prob[t] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(e));
+          slope[t] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + at), slope[t]);
+        }
+        const auto paired = [](const __m256i (&x)[PAIR]) {
+          return _mm512_or_si512(_mm512_cvtepu16_epi32(x[0]), _mm512_slli_epi32(_mm512_cvtepu16_epi32(x[1]), 16));
+        };
+        _mm512_storeu_si512(p_row + j * PAIR, paired(prob));
+        _mm512_storeu_si512(ds_row + j * PAIR, paired(slope));
+      }
+    }
+    product(ds, n, kp, d, BLOCK, d, n, result, d);
+    for (int64_t r = 0; r < std::min(BLOCK, s.length - i); ++r)
+      write_row(result + r * d, 1.0f, s.width, out + s.at(item, 3, 0) + (i + r) * stride);
+  }
+  product(qt, n, ds_pairs, n, d, n, n, result, n);
+  write_transposed(result, n, s.length, s.width, stride, out + s.at(item, 3, 1));
+  product(gt, n, p_pairs, n, d, n, n, result, n);
+  write_transposed(result, n, s.length, s.width, stride, out + s.at(item, 3, 2));
+}
+
+template <class Head>
+Status for_heads(const Shape& s, int64_t batch, int64_t threads, Head&& head) {
+  if (!ask_for_tiles()) return NO_HARDWARE;
+  const int64_t room = room_for(s);
+  Floats scratch(room * std::max<int64_t>(1, threads));
+  parallel_for(batch * s.heads, 1, threads, [&](int64_t begin, int64_t end, int64_t worker) {
+    // Per thread, and others use the tiles, too: torch's products configure them anew when they need to.
+    configure_tiles();
+    for (int64_t item = begin; item < end; ++item) head(item, scratch.at(worker * room));
+    _tile_release();
+  });
+  return OK;
+}
+
+}  // namespace
+#endif
+
+// qkv (batch, length, 3, heads, width) and out (batch, length, heads, width), bfloat16. sums (batch, heads, length): the
+// logarithms to base 2 of the sums that the softmax divides by.
+static Status qkv_attention(const void* qkv, double scale, int64_t batch, int64_t length, int64_t heads, int64_t width,
+                            void* out, float* sums, int64_t threads) {
+#ifdef FASTMIM_HAS_TILES
+  const Shape shape{length, heads, width};
+  return for_heads(shape, batch, threads, [&](int64_t item, float* room) {
+    forward_head(shape, static_cast<const bfloat16*>(qkv), static_cast<float>(scale), item, room,
+                 static_cast<bfloat16*>(out), sums);
+  });
+#else
+  (void)qkv, (void)scale, (void)batch, (void)length, (void)heads, (void)width, (void)out, (void)sums, (void)threads;
+  return NO_HARDWARE;
+#endif
+}
+
+// grad like out; for_qkv like qkv.
+static Status qkv_attention_backward(const void* grad, const void* qkv, const float* sums, double scale, int64_t batch,
+                                     int64_t length, int64_t heads, int64_t width, void* for_qkv, int64_t threads) {
+#ifdef FASTMIM_HAS_TILES
+  const Shape shape{length, heads, width};
+  return for_heads(shape, batch, threads, [&](int64_t item, float* room) {
+    backward_head(shape, static_cast<const bfloat16*>(grad), static_cast<const bfloat16*>(qkv), sums,
+                  static_cast<float>(scale), item, room, static_cast<bfloat16*>(for_qkv));
+  });
+#else
+  (void)grad, (void)qkv, (void)sums, (void)scale, (void)batch, (void)length, (void)heads, (void)width, (void)for_qkv,
+      (void)threads;
+  return NO_HARDWARE;
+#endif
+}
+
+FASTMIM_EXPORT(qkv_attention)
+FASTMIM_EXPORT(qkv_attention_backward)
+
+}  // namespace fastmim

@@ -1,0 +1,83 @@
+"""A linear layer whose weight gradient is summed in float32."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import dispatch
+from ..checks import fail
+from ..registration import define
+
+__all__ = ["linear"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear(x, weight, bias)``; autocast applies to it.
+
+    Args:
+        x: (..., I) floats. weight: (O, I). bias: (O,) or None.
+
+    Returns: (..., O), in the dtype that ``F.linear`` gives. Differentiable.
+    Raises: ValueError or TypeError for arguments that do not fit each other.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise fail("x", "floats (..., I)", got, "convert or reshape it", TypeError)
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+        raise fail("weight", f"shape (O, {x.shape[-1]})", got, "fit it to the last dimension of x")
+    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
+        got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
+        raise fail("bias", f"shape ({weight.shape[0]},) or None", got, "one value per row of weight")
+    dtype = product_dtype(x)
+    # Without a gradient for the weight there is nothing to win over torch's own.
+    is_fit = dtype == torch.bfloat16 and torch.is_grad_enabled() and weight.requires_grad and weight.numel()
+    if dispatch.uses_reference("dense", x.device, x, weight) or not is_fit:
+        return dispatch.reference("dense").linear(x, weight, bias)
+    return Product.apply(x.to(dtype), weight, bias, weight.detach().to(dtype))
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a product of x is computed: autocast's, or its own."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def allocate_backward(grad: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """Gradients (O, I) of the weight and (O,), or empty, of the bias, float32."""
+    outputs, inputs = grad.shape[-1], x.shape[-1]
+    sizes = (outputs, inputs), (outputs if has_bias else 0,)
+    for_weight, for_bias = (x.new_empty(size, dtype=torch.float32) for size in sizes)
+    return for_weight, for_bias
+
+
+BACKWARD = define(
+    "dense", "linear_backward(Tensor grad, Tensor x, bool has_bias) -> (Tensor, Tensor)", allocate_backward
+)
+
+
+class Product(torch.autograd.Function):
+    """torch's forward product and gradient of x, our gradients of weight and bias.
+
+    `low` is the weight in the dtype of the product. It is kept for the backward pass, in which the parameter itself need
+    not be there (ZeRO-3).
+    """
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
+        return F.linear(x, low, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, bias, low = inputs
+        ctx.save_for_backward(x, low)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, low = ctx.saved_tensors
+        for_x = grad @ low if ctx.needs_input_grad[0] else None
+        has_bias = ctx.needs_input_grad[2]
+        for_weight, for_bias = BACKWARD(grad, x, has_bias)
+        weight_dtype, bias_dtype = ctx.dtypes
+        return for_x, for_weight.to(weight_dtype), for_bias.to(bias_dtype) if has_bias else None, None

@@ -1,0 +1,25 @@
+"""Weight and bias gradient of a linear layer in C++ on the matrix tiles (AMX) of a CPU, for bfloat16 products.
+
+The other two products are torch's, which reach 1.2 to 1.8 TFLOP/s on one core; its product for the weight, whose factors both
+lie against the grain, reaches half of that (6304 x 512 x 2048: 21 ms against 10 ms), gives bfloat16, and leaves the bias
+to a pass of its own.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import native_library
+from . import allocate_backward
+
+_gradients = native_library.function("linear_gradients")
+# Raises ImportError where the CPU or the system has no tiles: then there is no native implementation.
+_gradients(None, None, 0, 0, 0, None, None, 1)
+
+
+def linear_backward(grad: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
+    for_weight, for_bias = allocate_backward(grad, x, has_bias)
+    outputs, inputs = for_weight.shape
+    rows, threads = grad.numel() // max(1, outputs), torch.get_num_threads()
+    grad, x = grad.contiguous(), x.contiguous()
+    _gradients(grad, x, rows, outputs, inputs, for_weight, for_bias if has_bias else None, threads)
+    return for_weight, for_bias

@@ -1,0 +1,66 @@
+"""Self-attention over what one fused projection gives, without permuted copies."""
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_rank, fail
+from ..registration import define
+from .reference import attention
+
+__all__ = ["attention", "qkv_attention"]
+
+# Longer sequences are the reference's: of each thread's (N, N) tables, two have to stay in its cache, or near it.
+LONGEST = 1024
+
+
+def qkv_attention(qkv: Tensor) -> Tensor:
+    """Attention of every token to every token of its image.
+
+    In plain torch: ``q, k, v = qkv.permute(2, 0, 3, 1, 4)``; ``F.scaled_dot_product_attention(q, k, v).transpose(1, 2)``.
+
+    Args:
+        qkv: (B, N, 3, H, d) floats: queries, keys and values of H heads, as ``nn.Linear(D, 3 * D)`` gives them.
+
+    Returns: (B, N, H, d), contiguous, like qkv. Differentiable.
+    Raises: ValueError or TypeError for another shape or dtype.
+    Source: arXiv 1706.03762 section 3.2.1; the backward pass computes the weights again from the saved logarithm of
+        their sum, as arXiv 2205.14135 (FlashAttention) does.
+    """
+    check_rank("qkv", qkv, "(B, N, 3, H, d)")
+    if qkv.shape[2] != 3:
+        raise fail("qkv", "(B, N, 3, H, d)", tuple(qkv.shape), "reshape the projection's result to it")
+    if not qkv.is_floating_point():
+        raise fail("qkv", "floats", qkv.dtype, "convert it", TypeError)
+    if not qkv.shape[4]:
+        raise fail("qkv", "d of at least 1", tuple(qkv.shape), "give each head a channel")
+    is_fit = qkv.dtype == torch.bfloat16 and qkv.shape[1] <= LONGEST
+    if dispatch.uses_reference("qkv", qkv.device, qkv) or not is_fit:
+        return dispatch.reference("qkv").qkv_attention(qkv)
+    return ATTENTION(qkv)[0]
+
+
+def allocate(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """The result, and the logarithms to base 2 of what the softmax divided by, (B, H, N) float32."""
+    batch, length, _, heads, width = qkv.shape
+    return qkv.new_empty((batch, length, heads, width)), qkv.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+def allocate_backward(grad: Tensor, qkv: Tensor, sums: Tensor) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0], output[1])
+
+
+def _differentiate(ctx, grad, _):
+    return None if grad is None else BACKWARD(grad, *ctx.saved_tensors)
+
+
+BACKWARD = define("qkv", "qkv_attention_backward(Tensor grad, Tensor qkv, Tensor sums) -> Tensor", allocate_backward)
+ATTENTION = define(
+    "qkv", "qkv_attention(Tensor qkv) -> (Tensor, Tensor)", allocate, save=_save, backward=_differentiate
+)

@@ -1,0 +1,102 @@
+"""The linear layer: gradients against float64, odd sizes, many rows, autocast, threads, frozen parts, errors."""
+
+import pytest
+import torch
+from fastmim_kernels import dispatch, linear
+from torch.nn import functional as F
+
+BACKENDS = ["reference", *(["native"] if not dispatch.load("dense", "native") else [])]
+# (rows, inputs, outputs): more rows than a slice of 1024, sizes below and above the blocks of 32.
+SIZES = [(50, 64, 96), (1, 5, 3), (2090, 33, 65), (1024, 32, 32), (37, 300, 7)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, request.param)
+    return request.param
+
+
+def tensors(rows, inputs, outputs, dtype=torch.bfloat16):
+    g = torch.Generator().manual_seed(0)
+    shapes = (rows, inputs), (outputs, inputs), (outputs,), (rows, outputs)
+    return [torch.randn(shape, generator=g).to(dtype) for shape in shapes]
+
+
+def gradients(function, x, weight, bias, grad):
+    leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias)]
+    function(*leaves).backward(grad)
+    return [leaf.grad for leaf in leaves]
+
+
+def error(ours, exact):
+    return float((ours.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_result_and_gradients_agree_with_products_in_float64(backend, size):
+    x, weight, bias, grad = tensors(*size)
+    exact = x.double() @ weight.double().T + bias.double()
+    assert error(linear(x, weight, bias), exact) <= 4e-3
+    expected = (grad.double() @ weight.double(), grad.double().T @ x.double(), grad.double().sum(0))
+    for ours, slow in zip(gradients(linear, x, weight, bias, grad), expected):
+        assert error(ours, slow) <= 4e-3
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_weight_gradient_of_float32_parameters_under_autocast(backend, size):
+    """The tiles sum bfloat16 products in float32 and round nothing afterwards."""
+    x, weight, bias, grad = tensors(*size)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = gradients(linear, x.float(), weight.float(), bias.float(), grad)
+    assert [t.dtype for t in ours] == [torch.float32] * 3
+    limit = 1e-6 if backend == "native" else 4e-3
+    assert error(ours[1], grad.double().T @ x.double()) <= limit
+    assert error(ours[2], grad.double().sum(0)) <= limit
+
+
+def test_float32_is_torchs_own(backend):
+    x, weight, bias, grad = tensors(40, 24, 12, torch.float32)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    for ours, theirs in zip(gradients(linear, x, weight, bias, grad), gradients(F.linear, x, weight, bias, grad)):
+        assert torch.equal(ours, theirs)
+
+
+def test_parts_that_need_no_gradient(backend):
+    x, weight, bias, grad = tensors(40, 24, 12)
+    weight.requires_grad_()
+    linear(x, weight, bias).backward(grad)
+    assert x.grad is None and bias.grad is None
+    assert error(weight.grad, grad.double().T @ x.double()) <= 4e-3
+    x.requires_grad_()
+    linear(x, weight.detach(), None).backward(grad)
+    assert error(x.grad, grad.double() @ weight.detach().double()) <= 4e-3
+
+
+def test_any_number_of_threads_gives_the_same_bits(backend):
+    if backend == "reference":
+        pytest.skip("torch does not promise it")
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(gradients(linear, *tensors(1500, 100, 260)))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result[1:], results[0][1:]))
+
+
+@pytest.mark.parametrize(
+    ("change", "error_type", "words"),
+    [
+        (dict(x=torch.zeros(3, 4, dtype=torch.int64)), TypeError, "x: expected floats"),
+        (dict(x=1.0), TypeError, "x: expected floats"),
+        (dict(weight=torch.zeros(5, 3)), ValueError, r"weight: expected shape \(O, 4\)"),
+        (dict(weight=torch.zeros(4)), ValueError, "weight: expected shape"),
+        (dict(bias=torch.zeros(4)), ValueError, r"bias: expected shape \(5,\)"),
+    ],
+)
+def test_wrong_arguments_get_one_line(change, error_type, words):
+    named = dict(x=torch.zeros(3, 4), weight=torch.zeros(5, 4), bias=torch.zeros(5)) | change
+    with pytest.raises(error_type, match=words) as caught:
+        linear(**named)
+    assert "\n" not in str(caught.value)
