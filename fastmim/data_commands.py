@@ -1,8 +1,10 @@
 """`fastmim pack` and `fastmim verify-data`: images in fewer files, and whether all of them can be read."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from fastmim_pipelines.index import open_index
@@ -35,14 +37,32 @@ def pack(
         workers: processes; default: one per core.
     """
     try:
-        packed = write_packed(
-            open_index(data), out, to=to, resize=_resize(resize), quality=quality, in_chans=in_chans, workers=workers
-        )
+        with _progress("packed") as telling:
+            packed = write_packed(
+                open_index(data), out, to=to, resize=_resize(resize), quality=quality, in_chans=in_chans, workers=workers,
+                **telling,
+            )  # fmt: skip
     except ValueError as e:
         raise ConfigError(str(e)) from e
     print(
         f"{packed.images} images, {packed.bytes / 2**20:.1f} MiB in {len(packed.files)} files; {len(packed.bad)} left out"
     )
+
+
+@contextmanager
+def _progress(done: str) -> Iterator[dict[str, Any]]:
+    """How to tell of progress: a bar on a terminal, lines now and then elsewhere."""
+    if not sys.stdout.isatty():
+        yield {}
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    with Progress(BarColumn(40), MofNCompleteColumn(), TextColumn(f"images {done}"), TimeRemainingColumn()) as bar:
+        task = bar.add_task("", total=None)
+        yield {
+            "progress": lambda line: bar.console.print(line, highlight=False, markup=False, soft_wrap=True),
+            "advance": lambda number, total: bar.update(task, completed=number, total=total),
+        }
 
 
 def _resize(text: str | None) -> tuple[str, int] | None:
@@ -61,11 +81,12 @@ def verify_data(
 
     Args:
         data: folder of images, tar shards or a .beton file.
-        write_list: write the names of the bad images to this file.
+        write_list: write the names of the bad images to this file, for `fastmim train --exclude`.
         in_chans: channels that training will ask for.
         workers: processes; default: one per core.
     """
-    found = verify(open_index(data), in_chans=in_chans, list_path=write_list, workers=workers)
+    with _progress("read") as telling:
+        found = verify(open_index(data), in_chans=in_chans, list_path=write_list, workers=workers, **telling)
     print(f"{found.images} images read, {len(found.bad)} bad, {len(found.damage)} damaged files of many images")
     if found.bad or found.damage:
         sys.exit(BAD_DATA)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import stat
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -61,7 +62,7 @@ class CropReader:
 
     Args:
         crops: (height, width) and filter of each crop of an image.
-        in_chans: channels; 1, 3 or 4 of image files, any number of .npy files.
+        in_chans: channels; 1, 3 or 4 of image files, any number of .npy files and of TIFF files with a page per channel.
         threads: that decode.
     Attributes:
         device: where the crops are.
@@ -176,11 +177,7 @@ def read_bytes(image: Encoded) -> bytes | bytearray | memoryview:
         return memoryview(image)
     for attempt in range(_READ_ATTEMPTS):
         try:
-            if isinstance(image, FileSpan):
-                data = _read_span(image)
-            else:
-                with open(image, "rb") as file:
-                    data = file.read()
+            data = _read_span(image) if isinstance(image, FileSpan) else _read_file(image)
             if not data:
                 raise _Unusable("the file is empty")
             return data
@@ -193,10 +190,24 @@ def read_bytes(image: Encoded) -> bytes | bytearray | memoryview:
     raise AssertionError("unreachable")
 
 
+def _open(path: str) -> int:
+    # A pipe that took the place of a file must not block.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _Unusable("cannot be read (not a regular file)")
+    return descriptor
+
+
+def _read_file(path: str) -> bytes:
+    with open(_open(path), "rb") as file:
+        return file.read()
+
+
 def _read_span(span: FileSpan) -> bytes:
     if span.size <= 0:
         raise _Unusable("the file that holds it does not tell a possible place for it")
-    descriptor = span.descriptor if span.descriptor >= 0 else os.open(span.path, os.O_RDONLY)
+    descriptor = span.descriptor if span.descriptor >= 0 else _open(span.path)
     try:
         data = os.pread(descriptor, span.size, span.offset)
     finally:
@@ -208,27 +219,57 @@ def _read_span(span: FileSpan) -> bytes:
 
 
 def _from_image(source: Encoded, in_chans: int) -> Picture:
-    mode = _MODES.get(in_chans)
-    if mode is None:
-        raise _Unusable(f"expected {in_chans} channels, got an image file (1, 3 or 4); use .npy files for other counts")
     if isinstance(source, FileSpan) and source.width:
         image = _raw_image(source)
     else:
         image = Image.open(io.BytesIO(read_bytes(source)), formats=_FORMATS)
-    # Pillow itself only warns of a decompression bomb up to twice its limit; here the limit is the limit.
-    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError
+    _check_pixels(image.width, image.height)
+    if in_chans > 1 and image.format == "TIFF" and image.is_animated:
+        pages = _channel_pages(image, in_chans)
+        if pages is not None:
+            return Picture(pages)
+    mode = _MODES.get(in_chans)
+    if mode is None:
+        raise _Unusable(
+            f"expected {in_chans} channels, got an image file (1, 3 or 4, or a TIFF file of {in_chans} gray pages); "
+            "use .npy files for other counts"
+        )
     image.load()
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
     return Picture([image if image.mode == mode else image.convert(mode)])
 
 
+def _check_pixels(width: int, height: int) -> None:
+    # Pillow itself only warns of a decompression bomb up to twice its limit; here the limit is the limit.
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+
+
+def _channel_pages(image: Image.Image, in_chans: int) -> list[Image.Image] | None:
+    """The pages of a TIFF file that has one gray page of the same size per channel; None for any other."""
+    size, pages = image.size, []
+    for number in range(in_chans + 1):
+        try:
+            image.seek(number)
+        except EOFError:
+            break
+        is_gray = image.mode in ("1", "L") or image.mode.startswith(("I", "F"))
+        if number == in_chans or image.size != size or not is_gray:
+            pages = []
+            break
+        image.load()
+        pages.append(image.convert("L") if image.mode in ("1", "L") else _to_8_bits(image))
+    if len(pages) == in_chans:
+        return pages
+    image.seek(0)
+    return None
+
+
 def _raw_image(span: FileSpan) -> Image.Image:
     if span.size != 3 * span.width * span.height:
         raise _Unusable(f"expected 3 bytes for each of {span.width} x {span.height} pixels, got {span.size}")
-    if Image.MAX_IMAGE_PIXELS is not None and span.width * span.height > Image.MAX_IMAGE_PIXELS:
-        raise Image.DecompressionBombError
+    _check_pixels(span.width, span.height)
     return Image.frombuffer("RGB", (span.width, span.height), read_bytes(span), "raw", "RGB", 0, 1)
 
 
@@ -241,18 +282,20 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _from_array(source: Encoded, in_chans: int) -> Picture:
+    if isinstance(source, str):
+        os.close(_open(source))  # says what is wrong
     # Mapped or compared with the bytes at hand, so that a header which claims a giant array fails on the size and not on
     # memory.
     array = np.load(source, mmap_mode="r", allow_pickle=False) if isinstance(source, str) else _array_of(source)
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim not in (2, 3) or not array.size:
-        raise _Unusable(f"expected a uint8 array (H, W) or (H, W, {in_chans}), got {_describe(array)}")
-    limit: int | None = Image.MAX_IMAGE_PIXELS
-    if limit is not None and array.shape[0] * array.shape[1] > limit:
-        raise _Unusable(f"more than {limit} pixels, refused")
+    is_usable = isinstance(array, np.ndarray) and array.dtype.kind == "u" and array.dtype.itemsize <= 2
+    if not is_usable or array.ndim not in (2, 3) or not array.size:
+        raise _Unusable(f"expected a uint8 or uint16 array (H, W) or (H, W, {in_chans}), got {_describe(array)}")
+    _check_pixels(array.shape[1], array.shape[0])
     planes = array[..., None] if array.ndim == 2 else array
     if planes.shape[2] != in_chans:
         raise _Unusable(f"expected {in_chans} channels, got {planes.shape[2]}")
-    return Picture([Image.fromarray(np.ascontiguousarray(planes[..., c])) for c in range(in_chans)])
+    shift = 8 * (planes.dtype.itemsize - 1)  # the high byte, as of 16-bit image files
+    return Picture([Image.fromarray((planes[..., c] >> shift).astype(np.uint8, order="C")) for c in range(in_chans)])
 
 
 def _array_of(source: Encoded) -> np.ndarray:

@@ -195,7 +195,7 @@ class BetonWriter:
         samples: how many will be added.
         page_size: a power of two of at least 2 MiB; no image may be larger. Default: FFCV's, 8 MiB.
     Raises:
-        ValueError: impossible numbers; from `add`, an image larger than a page; at the end, another number of samples.
+        ValueError: impossible numbers; from `add`, an image larger than a page or without bytes; at the end, another number of samples.
     """
 
     def __init__(self, path: str | os.PathLike[str], samples: int, page_size: int = DEFAULT_PAGE):
@@ -220,9 +220,10 @@ class BetonWriter:
             label: any whole number; -1 for none.
             sides: (width, height).
         """
-        if len(data) > self._page_size:
+        # Without bytes of its own it would share its place in the table of items with the next one.
+        if not 0 < len(data) <= self._page_size:
             raise ValueError(
-                f"image {self._count}: expected at most a page of {self._page_size} bytes, got {len(data)}."
+                f"image {self._count}: expected at most a page of {self._page_size} bytes and at least one, got {len(data)}."
             )
         room = -self._at % self._page_size
         if len(data) > room > 0:

@@ -189,7 +189,7 @@ def without(index: ImageIndex, list_path: str | os.PathLike[str]) -> ImageIndex:
     Sample ids are places in the index that is left, so the order of a run depends on the list.
 
     Raises:
-        DataError: the list cannot be read, or nothing is left; exit code 2.
+        DataError: the list cannot be read or names no image that is there, or nothing is left; exit code 2.
     """
     path = os.fspath(list_path)
     try:
@@ -207,6 +207,14 @@ def without(index: ImageIndex, list_path: str | os.PathLike[str]) -> ImageIndex:
     if not len(kept):
         raise DataError(
             f"{printable(index.root)}: no image is left without those of {printable(path)}.", path=path, exit_code=2
+        )
+    if names and len(kept) == len(index):
+        raise DataError(
+            f"{printable(path)}: expected names of images of {printable(index.root)}, got none of them; "
+            "write the list anew with verify-data.",
+            path=path,
+            reason="a list of other images",
+            exit_code=2,
         )
     return _Remaining(index, kept)
 

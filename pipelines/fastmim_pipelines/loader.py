@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from .decode import CropReader
 from .index import ImageIndex
+from .open_files import first_without_answer
 from .sampling import batch_positions, crop_box, permute, substitute
 from .spec import Batch, CropSpec, DataError, check_boxes, check_crops, printable
 from .workers import Answers, ThreadAnswers, answers_of, parallelism
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 OnBadImage = Literal["error", "skip"]
 _SUBSTITUTES = 16  # tries before giving up on a place in a batch
 _FREE_BAD_IMAGES = 10  # tolerated however few images were seen so far
+_SECONDS_PER_IMAGE = 0.25  # one of 12 megapixels takes Pillow 0.15 s of a core
 
 
 class BadImage(NamedTuple):
@@ -68,7 +70,8 @@ class CropLoader:
         on_bad_image: "error" stops at the first unusable file; "skip" takes another image in its place.
         bad_image_budget: with "skip", the share of images that may be unusable; the first ten are free.
         pin_memory: hand out page-locked tensors, for copies to a CUDA device that do not block.
-        timeout_s: give up on a worker that is silent for so long.
+        timeout_s: give up on a worker that is silent for so long, and a little longer for each image of an answer. A file
+            system that hangs is told earlier.
         reader_class: what decodes.
     Attributes:
         steps_per_epoch: full batches per epoch; the rest of an epoch's order is left out.
@@ -78,7 +81,7 @@ class CropLoader:
         reason: one line that says which decoder runs and why.
     Raises:
         ValueError: arguments out of range, or fewer images than one batch.
-        DataError: from the iterator, an unusable image, or too many of them.
+        DataError: from the iterator, an unusable image, or too many of them, or a file that does not answer.
     """
 
     def __init__(
@@ -119,7 +122,7 @@ class CropLoader:
         self._answer_bytes = self._local_batch * in_chans * sum(crop.size[0] * crop.size[1] for crop in crops)
         self.reason = reader.reason
         self.workers, self.threads = parallelism(workers, threads, reader, world, pin_memory, self._answer_bytes)
-        self._pin_memory, self._timeout_s = pin_memory, timeout_s
+        self._pin_memory, self._timeout_s = pin_memory, timeout_s + _SECONDS_PER_IMAGE * self._local_batch
         self._answers: Answers | ThreadAnswers | None = None
         self._next = _Place(0, 0)
 
@@ -141,6 +144,7 @@ class CropLoader:
                 result_bytes=self._answer_bytes,
                 pin_memory=self._pin_memory,
                 timeout_s=self._timeout_s,
+                on_silence=self._look_for_hangs,
             )
         return self._batches(epoch, start_step)
 
@@ -150,6 +154,14 @@ class CropLoader:
         checked = None if boxes is None else torch.from_numpy(check_boxes(boxes, len(self.index)))
         self.close()
         self._source.boxes = checked
+
+    def tally(self) -> tuple[int, int]:
+        """(unusable images, images) that this rank has met: what the budget counts."""
+        return self._bad_count, self._seen_count
+
+    def restore_tally(self, bad: int, seen: int) -> None:
+        """Goes on with the counts of a run that is continued."""
+        self._bad_count, self._seen_count = bad, seen
 
     def close(self) -> None:
         answers, self._answers = self._answers, None
@@ -171,6 +183,17 @@ class CropLoader:
                 raise
             self._next = _Place(epoch, step + 1).within(self.steps_per_epoch)
             yield answer.batch
+
+    def _look_for_hangs(self, silent_s: float) -> None:
+        """Raise if a file of the batch that is waited for does not answer."""
+        path = first_without_answer(lambda: self.index.encoded(self._source.ids_at(self._next).tolist()))
+        if path is not None:
+            raise DataError(
+                f"{printable(path)}: expected an answer of its file system, got none, after {silent_s:.0f} s without a "
+                "batch; look at the disk or the network that it is on.",
+                path=path,
+                reason="its file system does not answer",
+            )
 
     def _account(self, answer: _Answer) -> None:
         """Count unusable images; raise when they are not allowed, or no longer."""
@@ -246,10 +269,12 @@ class _CropDataset(Dataset):
         self.boxes: torch.Tensor | None = None
         self.pins = False
 
+    def ids_at(self, place: _Place) -> np.ndarray:
+        positions = batch_positions(place.step, self.batch_size, self.rank, self.world)
+        return permute(self.seed, place.epoch, len(self.index), positions)
+
     def __getitem__(self, place: _Place) -> _Answer:
-        epoch, step = place
-        positions = batch_positions(step, self.batch_size, self.rank, self.world)
-        ids = permute(self.seed, epoch, len(self.index), positions)
+        epoch, ids = place.epoch, self.ids_at(place)
         shapes = [(len(ids), self.reader.in_chans, *crop.size) for crop in self.crops]
         device = self.reader.device
         tensors = [torch.empty(shape, dtype=torch.uint8, device=device, pin_memory=self.pins) for shape in shapes]

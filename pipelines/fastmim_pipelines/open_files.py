@@ -1,10 +1,53 @@
-"""Files kept open for readers of parts of them."""
+"""Files kept open for readers of parts of them, and files that do not answer."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
+from collections.abc import Callable, Iterable
+
+from .native_decode import Encoded, FileSpan
 
 _MOST_OPEN = 256  # the usual limit of a process is 1,024
+
+
+_PATIENCE_S = 10  # for one byte
+
+
+def first_without_answer(images: Callable[[], Iterable[Encoded]]) -> str | None:
+    """The file of the first image of which not one byte can be had in time; None if all answer, or say why not.
+
+    Args:
+        images: called in the thread that reads, because it may hang, too.
+    """
+    at, is_done = [0, ""], threading.Event()
+
+    def look() -> None:
+        for image in images():
+            if isinstance(image, str | FileSpan):
+                at[:] = at[0] + 1, image if isinstance(image, str) else image.path
+                with contextlib.suppress(OSError):
+                    _touch(image)
+        is_done.set()
+
+    # Nothing ends a thread that hangs in the kernel; it must not keep the program from ending.
+    threading.Thread(target=look, daemon=True, name="data-look").start()
+    before = -1
+    while not is_done.wait(_PATIENCE_S):
+        if at[0] == before:
+            return str(at[1])
+        before = at[0]
+    return None
+
+
+def _touch(image: str | FileSpan) -> None:
+    path, offset = (image, 0) if isinstance(image, str) else (image.path, image.offset)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        os.pread(descriptor, 1, offset)
+    finally:
+        os.close(descriptor)
 
 
 class OpenFiles:
@@ -31,6 +74,6 @@ class OpenFiles:
             os.close(opened)
         return kept
 
-    def __del__(self) -> None:
+    def __del__(self, close=os.close) -> None:  # at the end of the program, the module may be gone
         for descriptor in self._descriptors.values():
-            os.close(descriptor)
+            close(descriptor)

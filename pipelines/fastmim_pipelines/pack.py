@@ -64,6 +64,7 @@ def pack(
     shard_bytes: int = _SHARD_BYTES,
     workers: int | None = None,
     progress: Callable[[str], object] = print,
+    advance: Callable[[int, int], object] | None = None,
 ) -> Packed:
     """Write the images of an index into a folder of tar shards, or a .beton file.
 
@@ -79,6 +80,7 @@ def pack(
         shard_bytes: size at which a new tar file begins.
         workers: processes; None = one per core, 0 = work in this one.
         progress: called with one line of text now and then.
+        advance: called with the number of images done and of all, instead of `progress` now and then.
     Raises:
         ValueError: arguments out of range, or something is there already.
         DataError: not one image is usable.
@@ -104,7 +106,7 @@ def pack(
     bad: list[BadImage] = []
     sizes, checksums = [], []
     with writer:
-        for images, bad_images in _with_progress(recoder, len(index), workers, progress):
+        for images, bad_images in _with_progress(recoder, len(index), workers, progress, advance):
             for image in images:
                 writer.add(image)
                 sizes.append(len(image.data))
@@ -136,7 +138,11 @@ def read_checksums(root: str) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def _with_progress(
-    recoder: _Recoder, count: int, workers: int | None, progress: Callable[[str], object]
+    recoder: _Recoder,
+    count: int,
+    workers: int | None,
+    progress: Callable[[str], object],
+    advance: Callable[[int, int], object] | None,
 ) -> Iterator[tuple[list[_Recoded], list[BadImage]]]:
     chunks = [range(start, min(start + _CHUNK, count)) for start in range(0, count, _CHUNK)]
     workers = available_cores() if workers is None else workers
@@ -145,7 +151,9 @@ def _with_progress(
     try:
         for done, answer in enumerate(answers, start=1):
             yield answer
-            if 10 * done >= tenth * len(chunks):
+            if advance is not None:
+                advance(chunks[done - 1].stop, count)
+            elif 10 * done >= tenth * len(chunks):
                 progress(f"pack: {100 * done // len(chunks)} %")
                 tenth = 10 * done // len(chunks) + 1
     finally:

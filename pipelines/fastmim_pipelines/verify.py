@@ -38,6 +38,7 @@ def verify(
     list_path: str | os.PathLike[str] | None = None,
     workers: int | None = None,
     progress: Callable[[str], object] = print,
+    advance: Callable[[int, int], object] | None = None,
 ) -> Verified:
     """Decode every image as a loader would, but whole; compare its bytes with the checksum, where there is one.
 
@@ -46,6 +47,7 @@ def verify(
         list_path: write the bad images to this file, for `index.without`.
         workers: processes; None = one per core, 0 = work in this one.
         progress: called with one line of text for each bad image, and now and then.
+        advance: called with the number of images read and of all, instead of `progress` now and then.
     """
     checksums = read_checksums(index.root)
     if checksums is not None and len(checksums[0]) != len(index):
@@ -65,7 +67,9 @@ def verify(
             bad += found
             for image in found:
                 progress(f"verify: {printable(image.path)}: {image.reason}")
-            if 10 * done >= tenth * len(chunks):
+            if advance is not None:
+                advance(chunks[done - 1].stop, len(index))
+            elif 10 * done >= tenth * len(chunks):
                 progress(f"verify: {100 * done // len(chunks)} %")
                 tenth = 10 * done // len(chunks) + 1
     finally:

@@ -10,11 +10,12 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from queue import SimpleQueue
@@ -28,7 +29,8 @@ from .decode import CropReader
 
 PREFETCH = 2  # finished or running requests per worker
 _AT_ONCE = 4  # answers that threads work on at the same time, at most
-_PATIENCE_S = 10  # for a thread to end what it is at
+_PATIENCE_S = 10  # for a thread or process to end what it is at
+_SILENCE_S = 20  # after which it is asked why, again and again
 _SHARED_MEMORY = "/dev/shm"
 _IGNORED = [getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
@@ -58,12 +60,13 @@ def answers_of(
     result_bytes: int,
     pin_memory: bool,
     timeout_s: float,
+    on_silence: Callable[[float], object] | None = None,
 ) -> Answers | ThreadAnswers:
     """The answers of `dataset[request]` in order, by what `parallelism` says.
 
     Args:
         dataset: has a CropReader, `reader`, and a flag `pins`, whether to give page-locked tensors.
-        requests, result_bytes, pin_memory, timeout_s: see Answers.
+        requests, result_bytes, pin_memory, timeout_s, on_silence: see Answers.
     """
     if workers or not threads:
         dataset.reader.threads = max(1, threads)
@@ -74,6 +77,7 @@ def answers_of(
             result_bytes=result_bytes,
             pin_memory=pin_memory,
             timeout_s=timeout_s,
+            on_silence=on_silence,
         )
     # Several at a time: while one is between two calls of the decoder, the others keep the cores busy.
     at_once = min(threads, _AT_ONCE)
@@ -82,7 +86,9 @@ def answers_of(
     dataset.pins = pin_memory and not is_on_gpu
     # A thread begins with device 0, where the first page-locked tensor would put a context.
     prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory or is_on_gpu else None
-    return ThreadAnswers(dataset, requests, threads=at_once, timeout_s=timeout_s, prepare=prepare)
+    return ThreadAnswers(
+        dataset, requests, threads=at_once, timeout_s=timeout_s, on_silence=on_silence, prepare=prepare
+    )
 
 
 class Answers:
@@ -95,6 +101,7 @@ class Answers:
         result_bytes: size of one answer, to check that the shared memory holds those under way.
         pin_memory: give page-locked tensors.
         timeout_s: longest silence of a worker.
+        on_silence: called now and then with the seconds of silence while an answer is waited for; may raise.
     Raises:
         ValueError: the shared memory is too small.
         RuntimeError: (from the iterator) a worker died or was silent for too long.
@@ -109,6 +116,7 @@ class Answers:
         result_bytes: int,
         pin_memory: bool = False,
         timeout_s: float = 300,
+        on_silence: Callable[[float], object] | None = None,
     ):
         in_processes: dict[str, Any] = {}
         if workers:
@@ -119,7 +127,7 @@ class Answers:
             in_processes = dict(
                 num_workers=workers,
                 prefetch_factor=PREFETCH,
-                timeout=timeout_s,
+                timeout=min(timeout_s, _SILENCE_S),
                 worker_init_fn=partial(_settle_worker, method != "forkserver"),
                 multiprocessing_context=method,
             )
@@ -135,26 +143,101 @@ class Answers:
         )
         with _signals_held():
             self._iterator = iter(loader)
+        self._processes = getattr(self._iterator, "_workers", [])
+        self._watch = _Watch(self._processes, timeout_s, on_silence) if workers else None
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        try:
+        if self._watch is None:
             return next(self._iterator)
-        except (EOFError, ConnectionError, FileNotFoundError) as e:
-            # What a worker leaves behind that dies while it hands over an answer.
-            raise RuntimeError(
-                "data workers: expected an answer, got a closed connection: a worker was killed; "
-                "look for out-of-memory messages, or use fewer workers."
-            ) from e
+        with self._watch.waiting():
+            while True:
+                try:
+                    return next(self._iterator)
+                except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as e:
+                    if self._watch.reason is not None:
+                        raise self._watch.reason from None
+                    if not isinstance(e, RuntimeError):
+                        # What a worker leaves behind that dies while it hands over an answer.
+                        raise RuntimeError(
+                            "data workers: expected an answer, got a closed connection: a worker was killed; "
+                            "look for out-of-memory messages, or use fewer workers."
+                        ) from e
+                    if "timed out" not in str(e):
+                        raise
 
     def close(self) -> None:
         """End the workers and wait for them; may be called twice."""
         # Dropping the last reference would do it, too, but a traceback may hold one for long.
         shut_down = getattr(self._iterator, "_shutdown_workers", None)
         if shut_down is not None:
-            shut_down()
+            with self._watch.waiting() if self._watch is not None else nullcontext():
+                shut_down()
+        # One that is stopped hears no polite word, and would be waited for at the end of the program.
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+                process.join(_PATIENCE_S)
+        if self._watch is not None:
+            self._watch.end()
+
+
+class _Watch(threading.Thread):
+    """Kills the workers when an answer is waited for in vain: whoever waits may be in the middle of a talk with one.
+
+    Attributes:
+        reason: why they were killed.
+    """
+
+    def __init__(self, processes: Sequence[Any], timeout_s: float, on_silence: Callable[[float], object] | None):
+        super().__init__(daemon=True, name="data-watch")
+        self._processes, self._timeout_s, self._on_silence = processes, timeout_s, on_silence
+        self._since: float | None = None
+        self._is_over = threading.Event()
+        self.reason: Exception | None = None
+        self.start()
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self._since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._since = None
+
+    def run(self) -> None:
+        interval_s = min(self._timeout_s, _SILENCE_S)
+        since, asked_s = self._since, 0.0
+        while not self._is_over.wait(interval_s / 4):
+            if self._since != since:
+                since, asked_s = self._since, 0.0
+            silent_s = 0.0 if since is None else time.monotonic() - since
+            if silent_s < asked_s + interval_s:
+                continue
+            asked_s = silent_s
+            try:
+                _bear(silent_s, self._timeout_s, self._on_silence, "workers")
+            except Exception as e:
+                self.reason = e
+                for process in self._processes:
+                    process.kill()
+                return
+
+    def end(self) -> None:
+        self._is_over.set()
+        self.join(_PATIENCE_S)
+
+
+def _bear(silent_s: float, timeout_s: float, on_silence: Callable[[float], object] | None, who: str) -> None:
+    if on_silence is not None:
+        on_silence(silent_s)
+    if silent_s >= timeout_s:
+        raise RuntimeError(
+            f"data {who}: expected an answer within {timeout_s:g} s, got none; look whether the file system of the "
+            "images hangs, or whether the process was stopped."
+        )
 
 
 class ThreadAnswers:
@@ -163,7 +246,7 @@ class ThreadAnswers:
     Nothing is copied between processes, nothing is forked, and a thread cannot be killed alone.
 
     Args:
-        dataset, requests, timeout_s: as for Answers.
+        dataset, requests, timeout_s, on_silence: as for Answers.
         threads: answers under way at once; as many again, or one less, wait to be taken.
         prepare: called first in each thread.
     Raises:
@@ -177,9 +260,11 @@ class ThreadAnswers:
         *,
         threads: int,
         timeout_s: float = 300,
+        on_silence: Callable[[float], object] | None = None,
         prepare: Callable[[], object] | None = None,
     ):
-        self._requests, self._timeout_s = iter(requests), timeout_s
+        self._requests, self._timeout_s, self._on_silence = iter(requests), timeout_s, on_silence
+        self._interval_s = min(timeout_s, _SILENCE_S)
         self._tasks: SimpleQueue[tuple[Future, Any] | None] = SimpleQueue()
         self._pending: deque[Future] = deque()
         # Daemons: one that is stuck in a dead file system must not keep the program from ending.
@@ -203,13 +288,14 @@ class ThreadAnswers:
     def __next__(self) -> Any:
         if not self._pending:
             raise StopIteration
-        try:
-            answer = self._pending.popleft().result(self._timeout_s)
-        except FutureTimeout as e:
-            raise RuntimeError(
-                f"data threads: expected an answer within {self._timeout_s:g} s, got none; "
-                "look whether the file system of the images hangs."
-            ) from e
+        awaited, silent_s = self._pending.popleft(), 0.0
+        while not awaited.done():
+            try:
+                awaited.exception(self._interval_s)
+            except FutureTimeout:
+                silent_s += self._interval_s
+                _bear(silent_s, self._timeout_s, self._on_silence, "threads")
+        answer = awaited.result()
         self._ask(1)
         return answer
 

@@ -78,6 +78,8 @@ def test_beton_writer_refuses_and_leaves_nothing_half_done(tmp_path):
             BetonWriter(path, samples, page)
     with pytest.raises(ValueError, match="expected at most a page"), BetonWriter(path, 1, LEAST_PAGE) as writer:
         writer.add(bytes(LEAST_PAGE + 1), 0, (1, 1))
+    with pytest.raises(ValueError, match="and at least one, got 0"), BetonWriter(path, 1, LEAST_PAGE) as writer:
+        writer.add(b"", 0, (1, 1))
     with pytest.raises(ValueError, match="samples: expected 3, got 1"), BetonWriter(path, 3, LEAST_PAGE) as writer:
         writer.add(b"a", 0, (1, 1))
     assert list(tmp_path.iterdir()) == []

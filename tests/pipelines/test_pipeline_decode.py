@@ -1,6 +1,7 @@
 """Decoding: channels, depths and formats come out right; damaged and hostile files end in a DataError naming them."""
 
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -8,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from fastmim_pipelines.decode import read_picture
+from fastmim_pipelines.native_decode import FileSpan
 from fastmim_pipelines.spec import DataError, printable
 from PIL import Image
 
@@ -64,6 +66,45 @@ def test_decode_takes_the_high_byte_of_16_bits(tmp_path):
         assert np.array_equal(crop[0], values >> 8)
 
 
+@pytest.mark.parametrize(("dtype", "channels"), [(np.uint8, 2), (np.uint8, 3), (np.uint16, 5)])
+def test_decode_takes_the_pages_of_a_tiff_file_for_channels(tmp_path, dtype, channels):
+    values = RNG.integers(0, np.iinfo(dtype).max + 1, (channels, 40, 60), dtype=dtype)
+    pages = [Image.fromarray(page) for page in values]
+    out = io.BytesIO()
+    pages[0].save(out, "TIFF", save_all=True, append_images=pages[1:])
+    picture = read_picture(write(tmp_path, out.getvalue()), channels)
+    assert np.array_equal(picture.crop((0, 0, 60, 40), (40, 60)), values >> (8 * (dtype().itemsize - 1)))
+    # Another number of pages, or pages that are not channels: the first one alone, or nothing.
+    first = read_picture(write(tmp_path, out.getvalue()), 1).crop((0, 0, 60, 40), (40, 60))
+    assert np.array_equal(first[0], values[0] >> (8 * (dtype().itemsize - 1)))
+    with pytest.raises(
+        DataError, match=r"expected 9 channels, got an image file \(1, 3 or 4, or a TIFF file of 9 gray"
+    ):
+        read_picture(write(tmp_path, out.getvalue()), 9)
+    out = io.BytesIO()
+    pages = [Image.fromarray(RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)) for _ in range(3)]
+    pages[0].save(out, "TIFF", save_all=True, append_images=pages[1:])
+    crop = read_picture(write(tmp_path, out.getvalue()), 3).crop((0, 0, 60, 40), (40, 60))
+    assert np.array_equal(crop, np.asarray(pages[0]).transpose(2, 0, 1))
+
+
+def test_decode_takes_the_high_byte_of_16_bit_arrays(tmp_path):
+    values = RNG.integers(0, 65536, (40, 60, 6), dtype=np.uint16)
+    np.save(tmp_path / "x.npy", values)
+    for source in (str(tmp_path / "x.npy"), (tmp_path / "x.npy").read_bytes()):
+        crop = read_picture(source, 6, "x.npy").crop((0, 0, 60, 40), (40, 60))
+        assert np.array_equal(crop, (values >> 8).transpose(2, 0, 1))
+
+
+def test_decode_does_not_wait_for_what_is_no_file(tmp_path):
+    for name in ("x.jpg", "x.npy"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match="not a regular file"):
+            read_picture(str(tmp_path / name), 3)
+        with pytest.raises(DataError, match="not a regular file"):
+            read_picture(FileSpan(str(tmp_path / name), 0, 100), 3, name)
+
+
 def test_decode_refuses_floats(tmp_path):
     path = write(tmp_path, encoded("tiff", Image.fromarray(np.ones((4, 4), np.float32))))
     with pytest.raises(DataError, match="expected 8 or 16 bits per channel, got Pillow mode F"):
@@ -98,7 +139,7 @@ def test_decode_arrays_channel_by_channel(tmp_path, shape):
     [
         (np.zeros((4, 4, 5), np.uint8), "expected 3 channels, got 5"),
         (np.zeros((4, 4), np.uint8), "expected 3 channels, got 1"),
-        (np.zeros((4, 4, 3), np.float32), r"expected a uint8 array .*, got float32 \(4, 4, 3\)"),
+        (np.zeros((4, 4, 3), np.float32), r"expected a uint8 or uint16 array .*, got float32 \(4, 4, 3\)"),
         (np.zeros((4,), np.uint8), r"got uint8 \(4,\)"),
         (np.zeros((0, 4, 3), np.uint8), r"got uint8 \(0, 4, 3\)"),
         (np.array([{}]), "cannot be decoded"),

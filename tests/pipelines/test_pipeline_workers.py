@@ -1,14 +1,23 @@
 """Worker processes against signals, a killed parent and full shared memory; each scene in its own process group."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
-from fastmim_pipelines import cores, workers
+from fastmim_pipelines import CropSpec, cores, open_files, workers
+from fastmim_pipelines import loader as loader_module
+from fastmim_pipelines.decode import CropReader
+from fastmim_pipelines.folder import FolderLoader
+from fastmim_pipelines.index import FolderIndex, open_index
+from fastmim_pipelines.native_decode import FileSpan
+from fastmim_pipelines.pack import pack
+from fastmim_pipelines.spec import DataError
 
 SCENE = """
 import multiprocessing, os, signal, sys
@@ -119,7 +128,7 @@ print(multiprocessing.active_children())
     process.stdin.flush()
     process.stdout.readline()
     os.kill(pids[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=30)
     # Who notices first: torch's handler of SIGCHLD, its look at a silent queue, or we at a broken connection.
     told = ("is killed by signal", "exited unexpectedly", "a worker was killed")
     assert any(text in out for text in told) and out.endswith("[]\n"), (out, err)
@@ -148,3 +157,75 @@ def test_cores_and_default_workers(monkeypatch):
     monkeypatch.setattr(cores, "available_cores", lambda: 16)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert cores.default_workers(32, trains_on_cpu=False) == 4
+
+
+# -- what does not answer ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(workers, "_SILENCE_S", 0.3)
+    monkeypatch.setattr(workers, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(open_files, "_PATIENCE_S", 0.2)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar"])
+@pytest.mark.parametrize("options", [{"threads": 2}, {"workers": 1}], ids=str)
+def test_a_file_system_that_hangs_is_told_with_the_file(demo_set, tmp_path, monkeypatch, impatient, options, packed):
+    data = demo_set / "train"
+    if packed:
+        pack(FolderIndex(data), tmp_path / "tar", to="tar", shard_bytes=1 << 17, workers=0, progress=lambda line: None)
+        data = tmp_path / "tar"
+    index, released = open_index(data), threading.Event()
+    victim = index.encoded([7])[0]
+    victim = victim if isinstance(victim, str) else victim.path
+    read, touch = CropReader.read, open_files._touch
+
+    def hang(images) -> None:
+        if any((image if isinstance(image, str) else image.path) == victim for image in images):
+            released.wait(60)
+
+    monkeypatch.setattr(CropReader, "read", lambda self, images, *rest: (hang(images), read(self, images, *rest))[1])
+    monkeypatch.setattr(open_files, "_touch", lambda image: (hang([image]), touch(image)))
+    loader = FolderLoader(index, (CropSpec((16, 16)),), batch_size=4, **options)
+    began = time.monotonic()
+    with pytest.raises(
+        DataError, match=r"expected an answer of its file system, got none, after .* s without a batch"
+    ) as e:
+        for _ in loader.epoch(0):
+            pass
+    assert e.value.path == victim and e.value.exit_code == 4 and time.monotonic() - began < 20
+    released.set()
+    assert multiprocessing.active_children() == []
+
+
+@linux_only
+def test_a_worker_that_is_stopped_is_told_and_ended(demo_set, impatient, monkeypatch):
+    monkeypatch.setattr(loader_module, "_SECONDS_PER_IMAGE", 0)
+    loader = FolderLoader(demo_set / "train", (CropSpec((16, 16)),), batch_size=4, workers=1, timeout_s=1)
+    batches = loader.epoch(0)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"data workers: expected an answer within 1 s, got none.*was stopped"):
+        for _ in batches:
+            pass
+    assert time.monotonic() - began < 30 and not is_running(worker.pid)
+
+
+def test_a_slow_answer_is_waited_for(demo_set, impatient, monkeypatch):
+    """Silence alone is no reason to end a run, as long as the files answer."""
+    read = CropReader.read
+    monkeypatch.setattr(CropReader, "read", lambda self, *a: (time.sleep(0.8), read(self, *a))[1])
+    for options in ({"threads": 1}, {"workers": 1}):
+        loader = FolderLoader(demo_set / "train", (CropSpec((16, 16)),), batch_size=20, **options)
+        assert len(list(loader.epoch(0))) == 3
+        loader.close()
+
+
+def test_what_cannot_be_read_is_no_hang(tmp_path):
+    (tmp_path / "a").write_bytes(b"a")
+    os.mkfifo(tmp_path / "pipe")
+    images = [str(tmp_path / name) for name in ("a", "gone", "pipe", ".")]
+    assert open_files.first_without_answer(lambda: [*images, b"", FileSpan(images[0], 99, 5)]) is None
