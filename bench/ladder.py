@@ -6,8 +6,9 @@
     python bench/ladder.py --minutes-per-method 4                 as many epochs as each method does in that time
 
 Each method is trained by the command that a user would type, with its `demo` preset but one encoder and one length for
-all, and its exported encoder is measured by k-NN and by a linear probe. Rows above them: an encoder with random weights,
-and plain pixels. Writes Markdown, and JSON with the same numbers and every run's command beside it. A method that fails
+all, and its exported encoder is measured by k-NN and by a linear probe, both on the mean over the patch tokens, each
+channel with mean 0 and deviation 1 over the training images: a masked encoder's features have a few channels so large that
+a cosine sees nothing else. Rows above them: an encoder with random weights, and plain pixels. Writes Markdown, and JSON with the same numbers and every run's command beside it. A method that fails
 is a row that says why; then the exit code is 1.
 
 It compares what the methods learn here in minutes, from images that are no photographs: not how good they are.
@@ -141,7 +142,9 @@ class Ruler:
         from fastmim.evaluate import knn, linear
 
         sides = linear.labeled_features(features, self.train, self.val, self.model, self.device, workers=self.workers)
-        row.knn_top1 = knn.top1(*sides)
+        train, train_labels, val, val_labels = sides
+        standard = linear.Standardize(train)
+        row.knn_top1 = knn.top1(standard(train), train_labels, standard(val), val_labels)
         found = linear.probe(*sides)
         row.linear_top1, row.linear_weight_decay = found.top1, found.weight_decay
 
@@ -178,7 +181,7 @@ def train_command(method: str, seed: int, length: list[str], out: Path, data: st
     return [
         sys.executable, str(ROOT / "fastmim" / "train.py"), "--method", method, "--preset", "demo", "--data", data,
         "--model", args.model, "--image-size", *map(str, args.image_size), "--patch-size", str(args.patch_size),
-        "--seed", str(seed), *length, "--device", args.device,
+        "--stem", "patch", "--seed", str(seed), *length, "--device", args.device,
         *([] if args.workers is None else ["--workers", str(args.workers)]), "--out", str(out), *args.extra,
     ]  # fmt: skip
 
@@ -334,11 +337,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--val-data", type=Path, help="validation images; default: val/ beside train/ in --data")
     parser.add_argument("--methods", nargs="+", help="default: all there are")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=float, default=32.0, help="passes over the data, for every method")
+    length.add_argument("--epochs", type=float, default=60.0, help="passes over the data, for every method")
     length.add_argument("--minutes-per-method", type=float, help="instead: epochs from a short trial of each method")
     parser.add_argument("--model", default="vit_pico")
     parser.add_argument("--image-size", nargs="+", type=int, default=[48])
-    parser.add_argument("--patch-size", type=int, default=12)
+    parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--workers", type=int, help="decoding processes; default: from the cores at hand")

@@ -51,6 +51,12 @@ def parse_train(argv: list[str]) -> TrainConfig:
     return _parse(flat, default, method)
 
 
+def parse_plain(plain: dict[str, Any]) -> TrainConfig:
+    """The configuration that `to_plain` made plain, checked as if it had been typed."""
+    method = plain["method"]
+    return parse_train([token.replace("--options.", f"--{method}.") for token in _tokens(plain, "--")])
+
+
 def flag_names(method: str) -> list[str]:
     """All flags of `fastmim train --method <method>`; a test freezes them."""
     names = [

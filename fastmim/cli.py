@@ -16,23 +16,28 @@ USAGE = """fastmim COMMAND ...
   record-tokens  write the tokens that CAE predicts, for runs that repeat the same crops
   pack           write a folder of images into tar shards or a .beton file
   verify-data    decode every image whole and name the bad ones
+  doctor         speed of disk, decoder, loader and step on this data; names the bottleneck
+  replay         take a skipped, non-finite step again and show where it begins
+  zero-import    weights out of a checkpoint that DeepSpeed wrote, as safetensors
   demo-data      write the demo data set: labeled, photo-like JPEG files
+  plan           parameters, memory, speed, communication and hours of a run, before it runs
+  bench          images per second of training steps, beside other ways to take them
   info           versions, devices, kernels, loaders
 
 `fastmim COMMAND --help` lists the options."""
 
 # How long another rank that failed leaves rank 0 to say why.
 GRACE_SECONDS = 5
-# Exit codes: 0 done, 2 usage, 3 no valid checkpoint, 4 bad data, 5 non-finite, 6 storage, 75 saved on a signal. Errors
-# carry theirs as `exit_code`.
-USAGE_ERROR, NO_CHECKPOINT, STORAGE_ERROR, SAVED_ON_SIGNAL = 2, 3, 6, 75
+# Exit codes: 0 done, 2 usage, 3 no valid checkpoint, 4 bad data, 5 non-finite, 6 storage, 7 another process gone, 75
+# saved on a signal. Errors carry theirs as `exit_code`.
+USAGE_ERROR, NO_CHECKPOINT, STORAGE_ERROR, PEER_GONE, SAVED_ON_SIGNAL = 2, 3, 6, 7, 75
 
 
 def run(argv: list[str]) -> int:
     """Runs one command; returns the exit code."""
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train, "knn": _knn, "linear": _linear, "record-tokens": _record_tokens, "pack": _pack,
-        "verify-data": _verify_data, "demo-data": _demo_data, "info": _info,
+        "verify-data": _verify_data, "doctor": _doctor, "replay": _replay, "zero-import": _zero_import, "demo-data": _demo_data, "plan": _plan, "bench": _bench, "info": _info,
     }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -41,6 +46,10 @@ def run(argv: list[str]) -> int:
         return _fail(ConfigError(f"fastmim: expected a command ({', '.join(commands)}), got {argv[0]}"
                                  f"{nearest(argv[0], list(commands))}"), USAGE_ERROR)  # fmt: skip
     try:
+        if os.environ.get("FASTMIM_FAULT"):
+            from fastmim.testing import faults
+
+            faults.install(os.environ["FASTMIM_FAULT"])
         return commands[argv[0]](argv[1:])
     except OSError as e:
         return _fail(e, STORAGE_ERROR)
@@ -59,7 +68,7 @@ def _fail(error: Exception, code: int) -> int:
         # Other ranks may wait for this one in a collective: leave without the farewell that would wait, too. But not
         # before rank 0 has spoken: a launcher ends all processes with the first one.
         sys.stdout.flush()
-        if os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "0") != "0" and code != PEER_GONE:
             time.sleep(GRACE_SECONDS)
         os._exit(code)
     return code
@@ -67,9 +76,11 @@ def _fail(error: Exception, code: int) -> int:
 
 def _train(argv: list[str]) -> int:
     from fastmim.arguments import parse_train
+    from fastmim.dist import peers_reported
     from fastmim.session import Session
 
-    return 0 if Session(parse_train(argv)).run() else SAVED_ON_SIGNAL
+    with peers_reported():
+        return 0 if Session(parse_train(argv)).run() else SAVED_ON_SIGNAL
 
 
 def _knn(argv: list[str]) -> int:
@@ -128,6 +139,30 @@ def _verify_data(argv: list[str]) -> int:
     return 0
 
 
+def _doctor(argv: list[str]) -> int:
+    from fastmim.doctor import doctor
+
+    doctor(argv)
+    return 0
+
+
+def _replay(argv: list[str]) -> int:
+    import tyro
+
+    from fastmim.replay import replay
+
+    return tyro.cli(replay, prog="fastmim replay", args=argv)
+
+
+def _zero_import(argv: list[str]) -> int:
+    import tyro
+
+    from fastmim.zero_import import zero_import
+
+    tyro.cli(zero_import, prog="fastmim zero-import", args=argv)
+    return 0
+
+
 def _demo_data(argv: list[str]) -> int:
     import tyro
     from fastmim_pipelines.demo import write_demo
@@ -148,6 +183,19 @@ def _demo_data(argv: list[str]) -> int:
 
     tyro.cli(demo_data, prog="fastmim demo-data", args=argv)
     return 0
+
+
+def _plan(argv: list[str]) -> int:
+    from fastmim.plan import plan_command
+
+    plan_command(argv)
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    from fastmim.bench import bench_command
+
+    return bench_command(argv)
 
 
 def _info(argv: list[str]) -> int:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import tyro
 
-ModelName = Literal["vit_pico", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"]
+ModelName = Literal["vit_pico", "vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"]
 
 
 class ConfigError(Exception):
@@ -88,7 +88,7 @@ class Size(NamedTuple):
 
 
 # Sources: DeiT (Ti, S; arXiv 2012.12877 table 1), ViT (B, L, H; arXiv 2010.11929 table 1).
-# vit_pico is ours, for CPUs and for trying things.
+# ViT-g: DINOv2 (arXiv 2304.07193 table 17). vit_pico is ours, for CPUs and for trying things.
 SIZES: dict[str, Size] = {
     "vit_pico": Size(128, 4, 4),
     "vit_tiny": Size(192, 12, 3),
@@ -96,6 +96,7 @@ SIZES: dict[str, Size] = {
     "vit_base": Size(768, 12, 12),
     "vit_large": Size(1024, 24, 16),
     "vit_huge": Size(1280, 32, 16),
+    "vit_giant": Size(1536, 40, 24),
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -132,10 +133,16 @@ class TrainConfig:
     """Decoding processes per rank. Default: from the cores at hand."""
     on_bad_image: Literal["error", "skip"] = "error"
     """An unreadable image stops the run, or is replaced by another one and counted."""
+    exclude: Path | None = None
+    """Training images to leave out: the list that `fastmim verify-data --write-list` has written."""
     batch_size: int = 256
     """Images per optimizer step, over all processes and accumulated micro-batches."""
-    accumulate: int = 1
-    """Micro-batches per optimizer step."""
+    accumulate: int | None = None
+    """Micro-batches per optimizer step. Default: 1; on CPUs, for methods whose loss takes the images one by one, as many as
+    keep every tensor of the step small: the result is the same, and memory is used again instead of fetched anew."""
+    contrast_batch: Literal["step", "micro"] = "step"
+    """What contrastive losses compare when there are several micro-batches: all images of the step, at the price of a pass
+    without gradient, so that accumulation changes no result; or those of a micro-batch, which leaves fewer negatives."""
     epochs: float | None = None
     """Length of the run in passes over the data (or give --steps)."""
     steps: int | None = None
@@ -166,6 +173,8 @@ class TrainConfig:
     """How processes share the work."""
     zero: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO stage; implies --engine zero."""
+    zero_offload: Literal["none", "optimizer", "all"] = "none"
+    """What ZeRO keeps in the host's memory: the optimizer's state (--zero 1 to 3), or the parameters as well (--zero 3)."""
     seed: int = 0
     """Of everything random: initial weights, order, crops, masks."""
     out: Path | None = None
@@ -176,6 +185,10 @@ class TrainConfig:
     """Checkpoint interval, as "1ep" or "500st"."""
     keep: int = 2
     """Newest checkpoints to keep."""
+    skip_budget: int = 5
+    """Steps that may be skipped for a gradient that is not finite, among the last 1000; one more ends the run."""
+    hang_after: float = 300
+    """Seconds without any progress after which a run of several processes ends, and names the one that hangs."""
     log_every: int = 10
     """Steps between lines of metrics."""
     knn_every: str | None = None
@@ -224,19 +237,28 @@ class TrainConfig:
             raise ConfigError("--epochs and --steps: expected one of them, got both")
         if self.epochs is None and self.steps is None:
             raise ConfigError("--epochs or --steps: expected one of them, got none")
-        for name in ("batch_size", "accumulate", "log_every", "keep", "patch_size", "in_chans", "steps", "epochs"):
+        for name in (
+            "batch_size", "accumulate", "log_every", "keep", "patch_size", "in_chans", "steps", "epochs", "hang_after",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
-        parts = world * self.accumulate
+        parts = world * (self.accumulate or 1)
         if self.batch_size % parts:
             low = max(parts, self.batch_size // parts * parts)
             raise ConfigError(
-                f"--batch-size: expected a multiple of processes x --accumulate = {world} x {self.accumulate}, "
+                f"--batch-size: expected a multiple of processes x --accumulate = {world} x {self.accumulate or 1}, "
                 f"got {self.batch_size}; take {low} or {low + parts}"
             )
         if self.zero is not None and self.engine not in ("auto", "zero"):
             raise ConfigError(f"--zero {self.zero}: expected --engine zero or auto, got {self.engine}")
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.zero_offload]
+        if least and (self.zero or 0) < least:
+            raise ConfigError(
+                f"--zero-offload {self.zero_offload}: expected --zero {least if least == 3 else '1, 2 or 3'}, got {self.zero}"
+            )
+        if self.skip_budget < 0:
+            raise ConfigError(f"--skip-budget: expected at least 0, got {self.skip_budget}")
         if self.engine == "single" and world > 1:
             raise ConfigError(f"--engine single: expected 1 process, got {world}; use ddp or zero")
         for name in ("warmup", "save_every", "knn_every", "reconstruct_every"):

@@ -11,7 +11,7 @@ from fastmim_kernels import bias_gelu, depthwise_patches, patchify_gather
 from torch import Tensor, nn
 
 from fastmim.config import SIZES, ConfigError, ModelSpec
-from fastmim.vit import NORM_EPS, Attend, Block, attention, sincos_position
+from fastmim.vit import Attend, Block, Linear, Norm, Sum, attention, run_blocks, sincos_position
 
 # Stage widths of the size that the source ships (base), and of large, those of derivatives of it. The other sizes take a
 # third and a half of the width, the first rounded up to a multiple of 16.
@@ -31,7 +31,7 @@ class Subdivide(nn.Module):
     def __init__(self, side: int, in_width: int, out_width: int):
         super().__init__()
         self.side = side
-        self.linear = nn.Linear(side * side * in_width, out_width)
+        self.linear = Linear(side * side * in_width, out_width)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, count, height, width, channels = x.shape
@@ -59,17 +59,18 @@ class ConvBlock(nn.Module):
 
     def __init__(self, width: int, grid: tuple[int, int]):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=STAGE_NORM_EPS)
-        self.conv1 = nn.Linear(width, width)
+        self.norm1 = Norm(width, STAGE_NORM_EPS)
+        self.conv1 = Linear(width, width)
         self.spread = Spread(width, grid)
-        self.conv2 = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width, eps=STAGE_NORM_EPS)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.conv2 = Linear(width, width)
+        self.norm2 = Norm(width, STAGE_NORM_EPS)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
 
     def forward(self, x: Tensor, ids: Tensor | None) -> Tensor:
-        x = x + self.conv2(self.spread(self.conv1(self.norm1(x)), ids))
-        return x + self.fc2(bias_gelu(self.fc1(self.norm2(x))))
+        y, _ = self.norm1(x)
+        y, x = self.norm2(x, self.conv2(self.spread(self.conv1(y), ids)))
+        return x + self.fc2(bias_gelu(self.fc1(y)))
 
 
 class ConvEncoder(nn.Module):
@@ -94,18 +95,18 @@ class ConvEncoder(nn.Module):
         self.embed1 = Subdivide(model.patch_size // 4, model.in_chans, first)
         self.embed2 = Subdivide(2, first, second)
         self.embed3 = Subdivide(2, second, width)
-        self.norm1 = nn.LayerNorm(first, eps=STAGE_NORM_EPS)
-        self.norm2 = nn.LayerNorm(second, eps=STAGE_NORM_EPS)
-        self.norm3 = nn.LayerNorm(width, eps=STAGE_NORM_EPS)
+        self.norm1 = Norm(first, STAGE_NORM_EPS)
+        self.norm2 = Norm(second, STAGE_NORM_EPS)
+        self.norm3 = Norm(width, STAGE_NORM_EPS)
         self.stage1 = nn.ModuleList(ConvBlock(first, model.grid) for _ in range(STAGE_BLOCKS))
         self.stage2 = nn.ModuleList(ConvBlock(second, model.grid) for _ in range(STAGE_BLOCKS))
-        self.project = nn.Linear(width, width)
+        self.project = Linear(width, width)
         table = sincos_position(width, model.grid, position or "column")[1:]
         self.register_buffer("position", table if position else torch.zeros_like(table), persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth - 1))
         self.skip1 = Subdivide(4, first, width)
         self.skip2 = Subdivide(2, second, width)
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm else nn.Identity()
+        self.norm = Norm(width) if final_norm else Sum()
         self._initialize()
 
     def _initialize(self) -> None:
@@ -122,20 +123,18 @@ class ConvEncoder(nn.Module):
         """(B, K, V) patches and their (B, K) indices (None: all) -> (B, K, D)."""
         side, channels = self.model.patch_size, self.model.in_chans
         x = patches.view(*patches.shape[:2], side, side, channels)
-        x = bias_gelu(self.norm1(self.embed1(x)))
+        x = bias_gelu(self.norm1(self.embed1(x))[0])
         for block in self.stage1:
             x = block(x, ids)
         skip = self.skip1(x)
-        x = bias_gelu(self.norm2(self.embed2(x)))
+        x = bias_gelu(self.norm2(self.embed2(x))[0])
         for block in self.stage2:
             x = block(x, ids)
         skip = (skip + self.skip2(x)).flatten(2)
-        x = bias_gelu(self.norm3(self.embed3(x))).flatten(2)
+        x = bias_gelu(self.norm3(self.embed3(x))[0]).flatten(2)
         x = self.project(x) + (self.position if ids is None else self.position[ids])
-        attends = [attend] * len(self.blocks) if callable(attend) else attend
-        for block, each in zip(self.blocks, attends, strict=True):
-            x = block(x, each)
-        return self.norm(x + skip)
+        x, branch = run_blocks(self.blocks, x, attend)
+        return self.norm(x + branch, skip)[0]
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 images of the model's size -> (B, D): mean over the patch tokens of the whole image."""

@@ -1,11 +1,31 @@
 """The process group: who we are, start, end, and the few collectives that the trainer needs."""
 
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Seconds that this process has waited for others inside a forward pass; what remains of it is its own work.
+waited_s = 0.0
+# Whether it does so now.
+is_waiting = False
+# How the backends say that another process is gone. Source: messages of gloo (Connection closed by peer, reset, refused,
+# Timed out waiting) and NCCL (remote process exited, watchdog) as torch 2.13 passes them on.
+PEER_SIGNS = (
+    "onnection closed by peer", "onnection reset", "onnection refused", "imed out waiting", "imed out after",
+    "Broken pipe", "remote process exited", "NCCL", "gloo",
+)  # fmt: skip
+
+
+class PeerError(Exception):
+    """Another process of the run is gone, or does not answer."""
+
+    exit_code = 7
 
 
 def rank() -> int:
@@ -33,11 +53,12 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def start(device: torch.device) -> None:
+def start(device: torch.device, timeout_s: float = 600) -> None:
     """Joins the process group of the launcher's processes (gloo on CPUs, NCCL on GPUs)."""
     if not dist.is_initialized():
         kwargs = {"device_id": device} if device.type == "cuda" else {}
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=10), **kwargs)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **kwargs)
 
 
 def finish() -> None:
@@ -47,6 +68,60 @@ def finish() -> None:
         dist.destroy_process_group()
 
 
+@contextmanager
+def peers_reported() -> Iterator[None]:
+    """Turns what a backend raises when another process is gone into one line.
+
+    Raises:
+        PeerError: instead of that.
+    """
+    try:
+        yield
+    except RuntimeError as e:
+        if launched_world() == 1 or not any(sign in str(e) for sign in PEER_SIGNS):
+            raise
+        reason = str(e).strip().splitlines()[0]
+        raise PeerError(
+            f"rank {launched_rank()}: another process of the run is gone or does not answer ({reason}); look for its own message, "
+            f"then continue with --resume"
+        ) from e
+
+
+@contextmanager
+def _waiting() -> Iterator[None]:
+    global waited_s, is_waiting
+    began, is_waiting = time.perf_counter(), True
+    try:
+        yield
+    finally:
+        waited_s, is_waiting = waited_s + time.perf_counter() - began, False
+
+
+def broadcast(x: Tensor) -> Tensor:
+    """Rank 0's values, in place."""
+    if world_size() > 1:
+        dist.broadcast(x, 0)
+    return x
+
+
+def broadcast_text(text: str, device: torch.device) -> str:
+    """Rank 0's text on every rank."""
+    if world_size() == 1:
+        return text
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    count = broadcast(torch.tensor(len(data), device=device))
+    if not is_main():
+        data = torch.empty(int(count), dtype=torch.uint8, device=device)
+    return bytes(broadcast(data).tolist()).decode()
+
+
+def sum_over_ranks(numbers: list[int], device: torch.device) -> list[int]:
+    total = torch.tensor(numbers, dtype=torch.int64, device=device)
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
 def gather_rows(x: Tensor) -> Tensor:
     """(B, ...) of each rank -> (world * B, ...) in rank order, without gradient."""
     if world_size() == 1:
@@ -54,7 +129,8 @@ def gather_rows(x: Tensor) -> Tensor:
     out = x.new_empty(world_size() * x.shape[0], *x.shape[1:])
     # torch 2.13 renamed the collective; 2.11 has only the old name.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    gather(out, x.detach().contiguous())
+    with _waiting():
+        gather(out, x.detach().contiguous())
     return out
 
 
@@ -62,7 +138,8 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
         x = x.clone()
-        dist.all_reduce(x)
+        with _waiting():
+            dist.all_reduce(x)
         return x
 
     @staticmethod
@@ -95,6 +172,14 @@ class StopAgreement:
     def __init__(self) -> None:
         self._group = dist.new_group(backend="gloo") if world_size() > 1 else None
         self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def gather(self, value: float) -> list[float]:
+        """Every rank's number, in rank order."""
+        if self._group is None:
+            return [value]
+        values = [torch.zeros((), dtype=torch.float64) for _ in range(world_size())]
+        dist.all_gather(values, torch.tensor(value, dtype=torch.float64), group=self._group)
+        return [float(v) for v in values]
 
     def agreed(self, asked: bool) -> bool:
         """True once any rank's flag has reached everybody. Call once per step, on every rank."""

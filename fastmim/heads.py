@@ -1,4 +1,4 @@
-"""Projection heads of contrastive methods, with batch normalization over the global batch."""
+"""Heads: projections of contrastive methods, with batch normalization over the global batch, and ICMAE's own two."""
 
 from itertools import pairwise
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmim.dist import differentiable_mean
+from fastmim.vit import Block, initialize, run_blocks
 
 
 class SyncBatchNorm(nn.Module):
@@ -62,3 +63,29 @@ class NormalizedHead(nn.Sequential):
             layers += [nn.Linear(width, out, bias=False), SyncBatchNorm(out, eps=1e-5, affine=not is_last)]
             layers += [] if is_last else [nn.ReLU(inplace=True)]
         super().__init__(*layers)
+
+
+class ClassBlocks(nn.Module):
+    """Transformer blocks over (B, N, D) tokens, of which the first remains: (B, D). Source: SDMAE code, base_ctr."""
+
+    def __init__(self, width: int, heads: int, depth: int = 2):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        initialize(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, branch = run_blocks(self.blocks, x)
+        return x[:, 0] + branch[:, 0]
+
+
+class PositionHead(nn.Sequential):
+    """Two linear maps with nothing between: (B, n, D) -> (B, n, L) logits. Source: SDMAE code.
+
+    Weights are N(0, 0.02^2), so that the cross entropy starts at ln L. Own choice, after timm.
+    """
+
+    def __init__(self, width: int, num_patches: int):
+        super().__init__(nn.Linear(width, width // 2), nn.Linear(width // 2, num_patches))
+        for part in self:
+            nn.init.normal_(part.weight, std=0.02)
+            nn.init.zeros_(part.bias)

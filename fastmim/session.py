@@ -10,7 +10,7 @@ from fastmim_kernels import chosen
 from fastmim_pipelines import make_loader
 from fastmim_pipelines.demo import write_demo
 from fastmim_pipelines.evaluation import EvalReader
-from fastmim_pipelines.index import ImageIndex, open_index
+from fastmim_pipelines.index import ImageIndex, open_index, without
 
 from fastmim import dist
 from fastmim.boxes import HeatBoxes
@@ -20,6 +20,7 @@ from fastmim.engine import base as engines
 from fastmim.evaluate.knn import measure, raw_pixels
 from fastmim.export import write_encoder
 from fastmim.flops import mfu, peak_flops, training_flops
+from fastmim.memory import micro_batches
 from fastmim.methods import base as methods
 from fastmim.metrics import Display, check_tracker, open_tracker
 from fastmim.pictures import write_pictures
@@ -55,25 +56,38 @@ class Session:
             reason = f"--precision {config.precision} was given"
         with torch.device("meta"):
             plan = methods.build(config.method, self.model, config.options, config.seed)
+        is_given = config.accumulate is not None
+        if not is_given:
+            config = dataclasses.replace(config, accumulate=micro_batches(config, plan, world, self.device))
         trained = sum(p.numel() for p in plan.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in plan.parameters()) - trained
-        engine, stage, why = engines.choose(config.engine, config.zero, world, trained, memory_bytes(self.device))
-        self.engine_name, self.stage = engine, stage
+        self.choice = engines.choose(
+            config.engine, config.zero, world, trained, memory_bytes(self.device), frozen=frozen,
+            offload=config.zero_offload,
+        )  # fmt: skip
         config = self._with_data(config)
         self.crops, self.config = plan.crops, config
-        self.train_index = self._index(config.data) if config.data else None
+        self.train_index = self._train_index()
         classes = self.train_index.classes if self.train_index else None
         self.val_index = open_index(config.val_data, classes=classes or None) if config.val_data else None
         self.say(f"method    {config.method}, preset {config.preset}, {config.model}/{config.patch_size} at "
                  f"{self.model.image_size[0]} x {self.model.image_size[1]}: {trained / 1e6:.1f} M parameters to train"
                  f"{f', {frozen / 1e6:.1f} M that follow' if frozen else ''}")  # fmt: skip
-        self.say(f"engine    {engine}{f', ZeRO stage {stage}' if engine == 'zero' else ''}: {why}")
+        sharding = f", ZeRO stage {self.choice.stage}" if self.choice.engine == "zero" else ""
+        if self.choice.offload != "none":
+            sharding += (
+                f", {'optimizer' if self.choice.offload == 'optimizer' else 'optimizer and parameters'} on the host"
+            )
+        self.say(f"engine    {self.choice.engine}{sharding}: {self.choice.reason}")
         self.say(f"device    {self.device.type} x {world}, {config.precision}: {reason}")
         kernels = sorted(set(chosen(self.device.type).values()))
         self.say(f"kernels   {', '.join(kernels)} on {self.device.type} (`fastmim info` tells why)")
+        if not is_given and config.accumulate > 1:
+            self.say(
+                f"micro     {config.accumulate} micro-batches a step, which is faster on CPUs (--accumulate 1 takes one)"
+            )
         if plan.mixes_images and config.accumulate > 1:
-            self.say(f"warning   {config.method} compares the images of a micro-batch with each other: --accumulate "
-                     f"{config.accumulate} leaves {config.batch_size // config.accumulate} of {config.batch_size}")  # fmt: skip
+            self._say_contrast(plan)
         micro_batch = config.batch_size // (world * config.accumulate)
         if micro_batch % plan.batch_multiple:
             each = world * config.accumulate * plan.batch_multiple
@@ -88,6 +102,26 @@ class Session:
         for note in plan.notes:
             self.say(f"note      {note}")
         self.say(f"lr        {config.peak_lr:.3g} at batch {config.batch_size}")
+
+    def _say_contrast(self, plan: methods.Method) -> None:
+        c = self.config
+        if plan.can_represent() and c.contrast_batch == "step":
+            self.say(f"contrast  among all {c.batch_size} images of a step: each of the {c.accumulate} micro-batches "
+                     f"takes one more pass, without gradient")  # fmt: skip
+        else:
+            self.say(f"warning   {c.method} compares the images of a micro-batch with each other: --accumulate "
+                     f"{c.accumulate} leaves {c.batch_size // c.accumulate} of {c.batch_size}")  # fmt: skip
+
+    def _train_index(self) -> ImageIndex | None:
+        config = self.config
+        if config.data is None:
+            return None
+        index = self._index(config.data)
+        if config.exclude is None:
+            return index
+        kept = without(index, config.exclude)
+        self.say(f"data      {len(index) - len(kept)} of {len(index)} images left out: {config.exclude}")
+        return kept
 
     def _index(self, data: Path) -> ImageIndex:
         try:
@@ -126,7 +160,7 @@ class Session:
     def run(self) -> bool:
         """Trains. Returns False if a signal ended it early, with a checkpoint saved."""
         config = self.config
-        loader, reason = self._loader()
+        loader, reason = self.loader()
         self.say(f"loader    {reason}")
         if config.dry_run:
             self._print_plan(loader.steps_per_epoch)
@@ -134,10 +168,11 @@ class Session:
             return True
         out = config.out or default_out(config.method)
         directory = RunDirectory(out, resuming=config.resume is not None) if dist.launched_rank() == 0 else None
-        if self.engine_name != "single":
-            dist.start(self.device)
+        if self.choice.engine != "single":
+            # The watchdog shall be the first to speak.
+            dist.start(self.device, max(600, 2 * config.hang_after))
         self.method = methods.build(config.method, self.model, config.options, config.seed)
-        self.engine = engines.build(self.engine_name, self.method, self._engine_spec())
+        self.engine = engines.build(self.choice.engine, self.method, self._engine_spec())
         total = config.total_steps(loader.steps_per_epoch)
         display = Display(total, enabled=dist.is_main())
         boxes = self._boxes(loader, total, display)
@@ -171,7 +206,7 @@ class Session:
                 "record-tokens: expected --method cae with --cae.tokenizer FILE, in one process, got "
                 f"{config.method} in {dist.launched_world()}"
             )
-        loader, reason = self._loader()
+        loader, reason = self.loader()
         self.say(f"loader    {reason}")
         try:
             record_tokens(
@@ -183,7 +218,8 @@ class Session:
             f"done      {folder}: tokens of steps {steps.start} to {steps.stop - 1}; train with --cae.tokens {folder}"
         )
 
-    def _loader(self):
+    def loader(self):
+        """The run's loader, and why it is that one."""
         config = self.config
         try:
             options: dict[str, Any] = dict(
@@ -220,7 +256,8 @@ class Session:
         micro_batch = c.batch_size // c.accumulate // dist.launched_world()
         return engines.EngineSpec(
             device=self.device, precision=c.precision, accumulate=c.accumulate, micro_batch=micro_batch, lr=c.peak_lr,
-            weight_decay=c.weight_decay, betas=c.betas, clip=c.clip, zero_stage=self.stage,
+            weight_decay=c.weight_decay, betas=c.betas, clip=c.clip, zero_stage=self.choice.stage,
+            zero_offload=self.choice.offload,
         )  # fmt: skip
 
     def _print_plan(self, steps_per_epoch: int) -> None:

@@ -39,11 +39,12 @@ class PixelTarget:
         m = self.model
         return patchify_gather(images, ids, m.patch_size, mean=m.mean, std=m.std, **window)
 
-    def loss(self, pred: Tensor, images: Tensor, ids_masked: Tensor, **window: object) -> Tensor:
+    def loss(self, pred: Tensor, images: Tensor, ids_masked: Tensor, kind: str = "mse", **window: object) -> Tensor:
+        """Mean error of predictions (B, M, V) of the patches (B, M); kind: see `masked_pixel_loss`."""
         m = self.model
         return masked_pixel_loss(
             pred, images, ids_masked, m.patch_size, mean=m.mean, std=m.std, norm=self.normalize, eps=VARIANCE_EPS,
-            **window,
+            kind=kind, **window,
         )  # fmt: skip
 
     def picture(self, pred: Tensor, images: Tensor, plan: MaskPlan, **window: object) -> Reconstruction:

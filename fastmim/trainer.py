@@ -1,35 +1,42 @@
 """The training loop. It knows a method, an engine and a loader by their protocols alone."""
 
-import os
-import signal
-import sys
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.distributed
-from fastmim_pipelines.spec import Batch, Loader
+from fastmim_pipelines.spec import Batch, DataError, Loader
+from torch import Tensor
 
-from fastmim import checkpoint
+from fastmim import checkpoint, dist
 from fastmim.config import ConfigError, Duration, TrainConfig, to_plain
+from fastmim.contrast import Rest, join
 from fastmim.dist import StopAgreement, is_main, world_size
-from fastmim.engine.base import Engine
-from fastmim.methods.base import Method
+from fastmim.engine.base import MODEL_FILE, Engine
+from fastmim.methods.base import Method, StepOutput
 from fastmim.metrics import Clock, Display, Meter, MetricsFile, peak_mib
+from fastmim.nonfinite import WINDOW_STEPS, NonFiniteError, Skips
+from fastmim.saving import HostCopy, Saver, stored
 from fastmim.schedule import learning_rate
+from fastmim.signals import Stop
+from fastmim.watchdog import Pace, Watchdog
 
-# Skipped (non-finite) steps in a row of log intervals that end a run. Source: design rule, reliability over hope.
-SKIP_BUDGET = 5
+# How often in a row data workers that died are started again at the same place. Source: own choice.
+MOST_RESTARTS = 3
+CAPTURES_KEPT = 2
 # What a checkpoint must agree on with the run that continues it.
 FIXED = ("method", "model", "image_size", "patch_size", "in_chans", "batch_size", "seed", "options")
 
 
-class NonFiniteError(Exception):
-    """The loss or the gradient stopped being finite."""
+class Taken(NamedTuple):
+    """What a capture needs to know of a step; nothing is read from the device."""
 
-    exit_code = 5
+    step: int
+    ids: list[Tensor]
+    losses: list[Tensor]
+    grad_norm: Tensor
 
 
 class Periodic(NamedTuple):
@@ -57,24 +64,6 @@ class Boxes(Protocol):
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
-
-
-class Stop:
-    """Remembers that the process was asked to end; a second signal ends it at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-
-    def _receive(self, number: int, frame: object) -> None:
-        if self.signal is not None and number != signal.SIGUSR1:
-            sys.stdout.flush()
-            os._exit(128 + number)  # killed without saving
-        self.signal = number
-
-    def restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
@@ -112,8 +101,15 @@ class Trainer:
         self.step = 0
         self.saved_step: int | None = None
         self.pairs = method.ema_pairs()
-        self.skipped = 0.0
+        has_parts = config.accumulate > 1 and config.contrast_batch == "step"
+        self.joins_contrast = has_parts and method.mixes_images and method.can_represent()
         self.file: MetricsFile | None = None
+        self.saver = Saver(self.checkpoints, config.keep, display.say)
+        self.skips = Skips(config.skip_budget)
+        self.taken: Taken | None = None
+        self.watchdog = Watchdog(config.hang_after)
+        self.pace = Pace()
+        self.is_metrics_late = False
 
     def steps_of(self, duration: str | None) -> int:
         return 0 if duration is None else Duration.parse(duration).steps(self.steps_per_epoch)
@@ -127,38 +123,53 @@ class Trainer:
             CheckpointError: nothing valid to continue from.
             ConfigError: the checkpoint is of another run.
         """
-        found = torch.full((), -1, dtype=torch.int64, device=self.engine.device)
+        found: dict = {}
         error = None
         if is_main():
             try:
                 if wanted == "auto" and not checkpoint.steps_on_disk(self.checkpoints):
-                    found.fill_(-2)
+                    found = {"step": None}
                 else:
                     step = int(wanted) if wanted.isdigit() else None
                     folder, manifest = checkpoint.find(self.checkpoints, step, self.display.say)
                     self._check_same_run(folder, manifest["meta"]["config"])
-                    found.fill_(manifest["step"])
+                    found = {"step": manifest["step"], "state": manifest["meta"].get("state", {})}
             except (checkpoint.CheckpointError, ConfigError) as e:
                 error = e
-        if world_size() > 1:
-            torch.distributed.broadcast(found, 0)
+        found = json.loads(dist.broadcast_text(json.dumps(found), self.engine.device))
         if error is not None:
             raise error
-        step = int(found)
-        if step == -1:
+        if not found:
             raise checkpoint.CheckpointError("rank 0 found no checkpoint to resume from; see its message")
-        if step == -2:
+        step = found["step"]
+        if step is None:
             self.display.say("--resume auto: no checkpoint yet, starting anew")
             return
-        self.engine.load(self.checkpoints / checkpoint.folder_name(step))
+        folder = self.checkpoints / checkpoint.folder_name(step)
+        with stored(folder, self.engine.device) as source:
+            self.engine.load(source)
         if self.boxes is not None:
-            self.boxes.load(self.checkpoints / checkpoint.folder_name(step))
+            self.boxes.load(folder)
+        self._restore(found["state"])
         self.step = self.saved_step = step
         if is_main():
             later = checkpoint.set_aside(self.checkpoints, step)
             if later:
                 self.display.say(f"moved the later checkpoints {later} to {self.checkpoints / 'abandoned'}")
         self.display.say(f"resumed at step {step} of {self.total}")
+
+    def _state(self) -> dict:
+        """What a resumed run must know beside weights and step: budgets do not start anew. Collective."""
+        tally = getattr(self.loader, "tally", None)
+        images = None if tally is None else dist.sum_over_ranks(list(tally()), self.engine.device)
+        return {"skipped_steps": self.skips.state(), "images": images}
+
+    def _restore(self, state: dict) -> None:
+        self.skips.restore(state.get("skipped_steps", []))
+        restore = getattr(self.loader, "restore_tally", None)
+        if state.get("images") is not None and restore is not None:
+            # Every rank has a budget for its share of the images.
+            restore(*(count // world_size() + (dist.rank() < count % world_size()) for count in state["images"]))
 
     def _check_same_run(self, folder: Path, saved: dict) -> None:
         ours = to_plain(self.config)
@@ -169,23 +180,78 @@ class Trainer:
                     f"use the same value, or start anew with another --out"
                 )
 
-    def save(self) -> None:
-        """Writes a checkpoint of this step; collective."""
-        if self.saved_step == self.step:
+    def save(self, *, is_last: bool = False) -> None:
+        """Copies the state to the host, from where it is written while training goes on; collective.
+
+        Raises:
+            StorageError: checkpoints cannot be written any more.
+        """
+        if self.saved_step != self.step:
+            self._settle()
+            if is_main():
+                self.saver.wait()
+            self.engine.save(self.saver.copy.put)
+            state = self._state()
+            if is_main():
+                self.saver.copy.finish(self.engine.device)
+                self.saver.start(self.step, self._meta() | {"state": state}, self._save_boxes)
+            self.saved_step = self.step
+        if is_last and is_main():
+            self.saver.wait(is_last=True)
+
+    def _meta(self) -> dict:
+        return {
+            "config": to_plain(self.config), "model": to_plain(self.config.model_spec()), "world": world_size(),
+            "encoder": self.method.encoder.design,
+        }  # fmt: skip
+
+    def _save_boxes(self, folder: Path) -> None:
+        if self.boxes is not None:
+            self.boxes.save(folder)
+
+    # -- steps that were skipped ---------------------------------------------------------------------------------
+
+    def _settle(self) -> None:
+        """Counts the step before if it was skipped; to be called before weights change again. Collective.
+
+        Raises:
+            NonFiniteError: there were too many of them.
+        """
+        step = self.skips.settle()
+        if step is None:
             return
-        temporary = checkpoint.prepare(self.checkpoints) if is_main() else self.checkpoints
-        self.engine.save(temporary)
+        self.display.say(f"warning   step {step}: the gradient was not finite; no weight was touched by it")
+        if self.skips.is_spent:
+            folder = self._capture()
+            count = len(self.skips.steps)
+            self._write({"step": step, "epoch": step / self.steps_per_epoch, "skipped_steps": count})
+            raise NonFiniteError(
+                f"step {step}: {count} of the last {WINDOW_STEPS} steps were skipped for a non-finite gradient, more than "
+                f"--skip-budget {self.skips.budget}; no weight was touched by them; `fastmim replay {folder}` shows where "
+                f"it begins; try --precision fp32, --clip 1, or a lower --lr, and resume"
+            )
+
+    def _capture(self) -> Path:
+        """Keeps what `fastmim replay` needs: weights, place in the data, and what came out."""
+        step, ids, losses, norm = self.taken
+        root = self.out / "captures"
+        copy = HostCopy()
+        self.engine.save(lambda file, name, tensor: copy.put(file, name, tensor) if file == MODEL_FILE else None)
+        copy.finish(self.engine.device)
+        means = dist.mean_over_ranks(torch.stack([loss.float() for loss in losses])).tolist()
+        meta = self._meta() | {
+            "seed": self.config.seed, "steps_per_epoch": self.steps_per_epoch, "skipped_steps": self.skips.state(),
+            "ids": dist.gather_rows(torch.cat(ids)).tolist(), "losses": [repr(mean) for mean in means],
+            "grad_norm": repr(norm.item()),
+        }  # fmt: skip
         if is_main():
-            if self.boxes is not None:
-                self.boxes.save(temporary)
-            meta = {
-                "config": to_plain(self.config), "model": to_plain(self.config.model_spec()), "world": world_size(),
-                "encoder": self.method.encoder.design,
-            }  # fmt: skip
-            checkpoint.commit(temporary, self.checkpoints, self.step, meta, self.config.keep)
-        if world_size() > 1:
-            torch.distributed.barrier()
-        self.saved_step = self.step
+            try:
+                temporary = checkpoint.prepare(root)
+                hashes = {MODEL_FILE: checkpoint.write_tensors(temporary / MODEL_FILE, copy.files[MODEL_FILE])}
+                checkpoint.commit(temporary, root, step, meta, CAPTURES_KEPT, hashes)
+            except OSError as e:
+                self.display.say(f"warning   no capture was kept: {e}")
+        return root / checkpoint.folder_name(step)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -201,49 +267,77 @@ class Trainer:
         stop, agreement = Stop(), StopAgreement()
         if is_main():
             self.file = MetricsFile(self.out / "metrics.jsonl", self.step)
+        self.watchdog.start()
         try:
-            if self.step == 0:
-                self._run_periodics(periodics)
-            meter, clock = Meter(self.engine.device), Clock()
-            rng = torch.tensor([self.config.seed, self.step], device=self.engine.device)
-            batches = self._batches()
-            while self.step < self.total:
-                clock.began += self._prepare_boxes()
-                began = time.perf_counter()
-                batch = next(batches)
-                clock.waited += time.perf_counter() - began
-                lr = self._train_step(batch, rng, meter)
-                self.step += 1
-                rng[1] += 1
-                clock.steps += 1
-                self.display.step(self.step)
-                if self.step % self.config.log_every == 0 or self.step == self.total:
-                    self._log(lr, meter, clock)
-                asked = agreement.agreed(stop.signal is not None)
-                if self.step % self.save_every == 0 or self.step == self.total or asked:
-                    self.save()
-                if asked and self.step < self.total:
-                    self.display.say(f"stopped by signal at step {self.step}: saved; add --resume to continue")
-                    return False
-                clock.began += self._run_periodics(periodics)
-            return True
+            return self._fit(stop, agreement, periodics)
         finally:
+            # A copy that is on the host becomes a checkpoint, whatever ended the training.
+            self.watchdog.close()
+            self.saver.finish()
             stop.restore()
             if self.file is not None:
                 self.file.close()
+
+    def _fit(self, stop: Stop, agreement: StopAgreement, periodics: list[Periodic]) -> bool:
+        if self.step == 0:
+            self._run_periodics(periodics)
+        meter, clock = Meter(self.engine.device), Clock()
+        rng = torch.tensor([self.config.seed, self.step], device=self.engine.device)
+        batches = self._batches()
+        while self.step < self.total:
+            clock.began += self._prepare_boxes()
+            self.watchdog.at(self.step, "waiting for data")
+            began = time.perf_counter()
+            batch = next(batches)
+            waited = time.perf_counter() - began
+            clock.waited += waited
+            self.pace.add(waited)
+            lr = self._train_step(batch, rng, meter)
+            self.watchdog.at(self.step, "after the update")
+            self.step += 1
+            rng[1] += 1
+            clock.steps += 1
+            self.pace.step()
+            self.display.step(self.step)
+            if self.step % self.config.log_every == 0 or self.step == self.total:
+                self._log(lr, meter, clock, agreement)
+            asked = agreement.agreed(stop.signal is not None)
+            is_last = asked or self.step == self.total
+            if self.step % self.save_every == 0 or is_last:
+                self.watchdog.at(self.step, "saving")
+                self.save(is_last=is_last)
+            if asked and self.step < self.total:
+                self.display.say(f"stopped by signal at step {self.step}: saved; add --resume to continue")
+                return False
+            clock.began += self._run_periodics(periodics)
+        return True
 
     def _prepare_boxes(self) -> float:
         """Returns how many seconds that took."""
         began = time.perf_counter()
         if self.boxes is not None:
+            self.watchdog.at(self.step, "looking for boxes")
             self.boxes.prepare(self.step)
         return time.perf_counter() - began
 
     def _batches(self) -> Iterator[Batch]:
-        epoch, offset = divmod(self.step, self.steps_per_epoch)
+        place, restarts = self.step, 0
         while True:
-            yield from self.loader.epoch(epoch, offset)
-            epoch, offset = epoch + 1, 0
+            try:
+                for batch in self.loader.epoch(*divmod(place, self.steps_per_epoch)):
+                    yield batch
+                    place, restarts = place + 1, 0
+            except RuntimeError as e:
+                # What is due is a function of the place: new workers go on with the same images and crops.
+                if not getattr(self.loader, "workers", 0):
+                    raise
+                restarts += 1
+                reason = str(e).splitlines()[0]
+                if restarts > MOST_RESTARTS:
+                    raise DataError(
+                        f"rank {dist.rank()}, step {place}: data workers died {restarts} times in a row: {reason}"
+                    ) from e
+                print(f"warning   rank {dist.rank()}, step {place}: data workers started again: {reason}", flush=True)
 
     def _train_step(self, batch: Batch, rng: torch.Tensor, meter: Meter) -> float:
         config, engine = self.config, self.engine
@@ -252,21 +346,38 @@ class Trainer:
             end=config.lr_end, schedule=config.schedule,
         )  # fmt: skip
         engine.set_lr(lr)
-        for micro in _split(batch, config.accumulate, engine.device):
-            out = engine.forward(micro, rng)
+        micros = list(_split(batch, config.accumulate, engine.device))
+        rests: list[tuple[Rest, ...]] = [()] * len(micros)
+        if self.joins_contrast:
+            rests = [(rest,) for rest in join([engine.represent(micro, rng) for micro in micros])]
+        losses: list[Tensor] = []
+        for micro, rest in zip(micros, rests):
+            out = self._forward(micro, rng, rest)
+            losses.append(out.loss.detach())
+            self.watchdog.at(self.step, "backward")
             engine.backward(out.loss)
             parts = {f"loss/{name}": value for name, value in out.parts.items()}
             meter.add(loss=out.loss, **parts, **out.measures)
+        self._settle()
+        self.watchdog.at(self.step, "update")
         info = engine.step()
+        self.skips.note(self.step, info.applied)
+        self.taken = Taken(self.step, [micro.ids for micro in micros], losses, info.grad_norm)
         engine.ema(self.pairs, self.method.momentum(self.step / self.total))
         meter.add(grad_norm=info.grad_norm, skipped=~info.applied)
         return lr
 
-    def _log(self, lr: float, meter: Meter, clock: Clock) -> None:
+    def _forward(self, micro: Batch, rng: Tensor, rest: tuple[Rest, ...]) -> StepOutput:
+        self.watchdog.at(self.step, "forward")
+        began, waited = time.perf_counter(), dist.waited_s
+        out = self.engine.forward(micro, rng, *rest)
+        self.pace.add(time.perf_counter() - began - (dist.waited_s - waited))
+        return out
+
+    def _log(self, lr: float, meter: Meter, clock: Clock, agreement: StopAgreement) -> None:
         steps = clock.steps
         values = meter.read()
         skipped = round(values.pop("skipped") * steps)
-        self.skipped = self.skipped + skipped if skipped else 0
         record = {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
@@ -282,17 +393,21 @@ class Trainer:
         share = self.mfu(record["images_per_s"])
         if share is not None:
             record["mfu"] = share
+        slow = self.pace.slowest(agreement.gather(self.pace.read()))
+        if slow is not None:
+            record["slowest_rank"] = slow.rank
         self._write(record)
         self.display.record(record)
-        if self.skipped > SKIP_BUDGET:
-            raise NonFiniteError(
-                f"step {self.step}: {self.skipped:.0f} steps were skipped for a non-finite gradient; no weight was touched "
-                f"by them; try --precision fp32, --clip 1, or a lower --lr, and resume"
+        if slow is not None and slow.is_again:
+            self.display.say(
+                f"straggler rank {slow.rank}: {1e3 * slow.seconds:.0f} ms of data and forward per step, the median of the "
+                f"others {1e3 * slow.others:.0f} ms"
             )
 
     def _run_periodics(self, periodics: list[Periodic]) -> float:
         """Runs what is due; returns how many seconds that took."""
         began = time.perf_counter()
+        self.watchdog.at(self.step, "evaluating")
         for periodic in periodics:
             due = self.step > 0 and periodic.every > 0 and self.step % periodic.every == 0
             if due or (self.step == 0 and periodic.at_start) or self.step == self.total:
@@ -303,7 +418,14 @@ class Trainer:
 
     def _write(self, record: dict) -> None:
         if self.file is not None:
-            self.file.write(record)
+            try:
+                self.file.write(record)
+                self.is_metrics_late = False
+            except OSError as e:
+                # The line waits in the file's buffer for the next one.
+                if not self.is_metrics_late:
+                    self.display.say(f"warning   {self.out / 'metrics.jsonl'}: {e}; training goes on")
+                self.is_metrics_late = True
             self.track(record)
 
 

@@ -4,13 +4,23 @@ They know nothing of masking policy: who is visible arrives as patch indices.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from fastmim_kernels import Stream, bias_gelu, gather_tokens, patchify_gather, restore_tokens, uniform
+from fastmim_kernels import (
+    Stream,
+    add_layer_norm,
+    bias_gelu,
+    gather_tokens,
+    linear,
+    patchify_gather,
+    qkv_attention,
+    restore_tokens,
+    uniform,
+)
+from fastmim_kernels.qkv import attention
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastmim.config import SIZES, ModelSpec
 
@@ -44,17 +54,11 @@ def sincos_position(width: int, grid: tuple[int, int], first: str = "column") ->
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias) v over (B, heads, N, d); bias broadcasts against (B, heads, N, N).
+class Linear(nn.Linear):
+    """A linear layer whose weight gradient is summed in float32 on CPUs, too."""
 
-    On CPUs, training in bf16 writes the product out: torch's flash kernel for CPUs is 2-6x slower there in the
-    backward pass at these lengths (16 x 12 heads, N=50, d=64: 35 ms against 5.6 ms, forward and backward).
-    """
-    low_precision = q.dtype != torch.float32 or torch.is_autocast_enabled(q.device.type)
-    if q.device.type == "cpu" and low_precision and torch.is_grad_enabled():
-        scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
-        return (scores if bias is None else scores + bias).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class QueryValueBias(nn.Linear):
@@ -66,20 +70,55 @@ class QueryValueBias(nn.Linear):
         self.v_bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+        return linear(x, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
 
 
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int, *, key_bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width) if key_bias else QueryValueBias(width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width) if key_bias else QueryValueBias(width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, attend: Attend = attention) -> Tensor:
-        batch, length, width = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        return self.proj(attend(q, k, v).transpose(1, 2).reshape(batch, length, width))
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, x.shape[2] // self.heads))
+        if attend is attention:
+            return self.proj(qkv_attention(qkv).flatten(2))
+        return self.proj(attend(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2))
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm behind a residual addition: both in one pass over the tokens."""
+
+    def __init__(self, width: int, eps: float = NORM_EPS):
+        super().__init__(width, eps=eps)
+
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Adds a branch and normalizes.
+
+        Args:
+            x: (B, N, D) residual stream.
+            branch: (B, N, D) what to add to it; None: nothing.
+            scale, rows: (D,) and (B,) factors of the branch, or None.
+
+        Returns:
+            The normalized sum, and the sum.
+        """
+        if branch is None:
+            return add_layer_norm(x, None, self.weight, self.bias, eps=self.eps), x
+        return add_layer_norm(
+            branch, x, self.weight, self.bias, scale=scale, row_scale=rows, eps=self.eps, prenorm=True
+        )
+
+
+class Sum(nn.Module):
+    """A `Norm` that does not normalize."""
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = x if branch is None else x + branch
+        return x, x
 
 
 class Block(nn.Module):
@@ -92,19 +131,59 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, *, layer_scale: float = 0.0, key_bias: bool = True):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=NORM_EPS)
+        self.norm1 = Norm(width)
         self.attn = Attention(width, heads, key_bias=key_bias)
-        self.norm2 = nn.LayerNorm(width, eps=NORM_EPS)
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
+        self.norm2 = Norm(width)
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
         for name in ("gamma_1", "gamma_2"):
             gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
             self.register_parameter(name, gamma)
 
-    def forward(self, x: Tensor, attend: Attend = attention, drop: Tensor | None = None) -> Tensor:
-        """drop: (B, 2) factors of the two branches, 0 where stochastic depth leaves one out."""
-        x = x + scaled(self.attn(self.norm1(x), attend), self.gamma_1, drop, 0)
-        return x + scaled(self.fc2(bias_gelu(self.fc1(self.norm2(x)))), self.gamma_2, drop, 1)
+    def forward(
+        self, x: Tensor, branch: Tensor | None = None, attend: Attend = attention, drop: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One block, its last addition left to who comes next: the next block's first norm adds and normalizes at once.
+
+        Args:
+            x: (B, N, D) residual stream.
+            branch: (B, N, D) what the block before left to be added, or None.
+            attend: the attention.
+            drop: (B, 2) factors of the two branches, 0 where stochastic depth leaves one out.
+
+        Returns:
+            The stream, and what is to be added to it.
+        """
+        y, x = self.norm1(x, branch)
+        y, x = self.norm2(x, self.attn(y, attend), self.gamma_1, None if drop is None else drop[:, 0])
+        return x, scaled(self.fc2(bias_gelu(self.fc1(y))), self.gamma_2, drop, 1)
+
+
+def run_blocks(
+    blocks: Iterable[Block],
+    x: Tensor,
+    attend: Attend | Sequence[Attend] = attention,
+    drop: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs at least one block after another.
+
+    Under autocast to bf16 the residual stream is bf16, too; sums and norms are computed in fp32.
+
+    Args:
+        blocks: of width D.
+        x: (B, N, D).
+        attend: the attention of all blocks, or one per block.
+        drop: (B, depth, 2), see `random_drop_path`.
+
+    Returns:
+        The residual stream, and the last branch, which is still to be added to it.
+    """
+    device, branch = x.device.type, None
+    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
+        x = x.bfloat16()
+    for i, block in enumerate(blocks):
+        x, branch = block(x, branch, attend if callable(attend) else attend[i], None if drop is None else drop[:, i])
+    return x, branch
 
 
 def scaled(branch: Tensor, gamma: Tensor | None, drop: Tensor | None, column: int) -> Tensor:
@@ -153,14 +232,14 @@ class Encoder(nn.Module):
         self.model, self.width = model, width
         # What `export` has to know to build this network again.
         self.design = dict(final_norm=final_norm, position=position, layer_scale=layer_scale, key_bias=key_bias)
-        self.patch_embed = nn.Linear(model.patch_values, width)
+        self.patch_embed = Linear(model.patch_values, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         table = sincos_position(width, model.grid, position or "column")
         self.register_buffer("position", table if position else torch.zeros_like(table), persistent=False)
         self.blocks = nn.ModuleList(
             Block(width, heads, layer_scale=layer_scale, key_bias=key_bias) for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(width, eps=NORM_EPS) if final_norm else nn.Identity()
+        self.norm = Norm(width) if final_norm else Sum()
         initialize(self)
 
     def embed(self, patches: Tensor, ids: Tensor | None) -> Tensor:
@@ -195,10 +274,7 @@ class Encoder(nn.Module):
             x = x + extra
         cls = (self.cls_token + self.position[0]).expand(len(x), 1, -1)
         x = torch.cat([cls.to(x.dtype), x], dim=1)
-        attends = [attend] * len(self.blocks) if callable(attend) else attend
-        for i, (block, each) in enumerate(zip(self.blocks, attends, strict=True)):
-            x = block(x, each, None if drop is None else drop[:, i])
-        return self.norm(x)
+        return self.norm(*run_blocks(self.blocks, x, attend, drop))[0]
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 images of the model's size -> (B, D): mean over the patch tokens of the whole image."""
@@ -239,12 +315,12 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.pool, self.num_prefix = pool, num_prefix
-        self.embed = nn.Linear(SIZES[model.name].width, spec.width)
+        self.embed = Linear(SIZES[model.name].width, spec.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, spec.width))
         self.register_buffer("position", sincos_position(spec.width, model.grid, position), persistent=False)
         self.blocks = nn.ModuleList(Block(spec.width, spec.heads) for _ in range(spec.depth))
-        self.norm = nn.LayerNorm(spec.width, eps=NORM_EPS)
-        self.pred = nn.Linear(spec.width, out_values)
+        self.norm = Norm(spec.width)
+        self.pred = Linear(spec.width, out_values)
         initialize(self)
 
     def fill(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
@@ -254,10 +330,8 @@ class Decoder(nn.Module):
 
     def hidden(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
         """(B, prefix + K, D) encoder output -> (B, prefix + L, width), before the last norm."""
-        x = self.fill(self.embed(latent), ids_restore)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        x, branch = run_blocks(self.blocks, self.fill(self.embed(latent), ids_restore))
+        return x + branch
 
     def forward(self, latent: Tensor, ids_restore: Tensor, ids_out: Tensor | None = None) -> Tensor:
         """Decodes.
@@ -272,8 +346,8 @@ class Decoder(nn.Module):
         """
         x = self.hidden(latent, ids_restore)[:, self.num_prefix :]
         if self.pool:
-            return self.pred(self.norm(x).mean(1))
-        return self.pred(self.norm(x if ids_out is None else gather_tokens(x, ids_out)))
+            return self.pred(self.norm(x)[0].mean(1))
+        return self.pred(self.norm(x if ids_out is None else gather_tokens(x, ids_out))[0])
 
 
 def initialize(module: nn.Module) -> None:

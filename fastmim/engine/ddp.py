@@ -8,6 +8,7 @@ from fastmim_pipelines.spec import Batch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastmim.contrast import Rest
 from fastmim.dist import start
 from fastmim.engine.base import EngineSpec, StepInfo
 from fastmim.engine.single import SingleEngine
@@ -38,9 +39,9 @@ class DdpEngine(SingleEngine):
         is_last = self.micro_steps == self.spec.accumulate - 1
         return nullcontext() if is_last else self.parallel.no_sync()
 
-    def forward(self, batch: Batch, rng: Tensor):
+    def forward(self, batch: Batch, rng: Tensor, *rest: Rest):
         with self._synchronized():
-            return self.parallel(batch, rng)
+            return self.parallel(batch, rng, *rest)
 
     def backward(self, loss: Tensor) -> None:
         with self._synchronized():

@@ -1,20 +1,18 @@
 """One process."""
 
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from fastmim_kernels import ema_update
 from fastmim_pipelines.spec import Batch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastmim.contrast import Representations, Rest
 from fastmim.dist import is_main, rank, world_size
 from fastmim.ema import EmaPair
-from fastmim.engine.base import EngineSpec, Precise, StepInfo
+from fastmim.engine.base import MODEL_FILE, OPTIMIZER_FILE, EngineSpec, Precise, Put, Source, StepInfo
 from fastmim.optim import adamw, clip_gradients
 
-MODEL_FILE, OPTIMIZER_FILE = "model.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -33,8 +31,11 @@ class SingleEngine:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=spec.precision == "fp16")
         self.applied = torch.ones((), dtype=torch.bool, device=self.device)
 
-    def forward(self, batch: Batch, rng: Tensor):
-        return self.precise(batch, rng)
+    def forward(self, batch: Batch, rng: Tensor, *rest: Rest):
+        return self.precise(batch, rng, *rest)
+
+    def represent(self, batch: Batch, rng: Tensor) -> Representations:
+        return self.precise.represent(batch, rng)
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss / self.spec.accumulate).backward()
@@ -68,29 +69,36 @@ class SingleEngine:
     def autocast(self):
         return self.precise.autocast()
 
-    def save(self, folder: Path) -> None:
-        if is_main():
-            save_file({n: t.contiguous() for n, t in self.method.state_dict().items()}, folder / MODEL_FILE)
-            tensors = {}
-            for name, parameter in self.method.named_parameters():
-                for key, value in self.optimizer.state.get(parameter, {}).items():
-                    tensors[f"{key}.{name}"] = value.contiguous()
-            if self.scaler.is_enabled():
-                state = self.scaler.state_dict()
-                tensors["scaler.scale"] = torch.tensor(state["scale"])
-                tensors["scaler.growth"] = torch.tensor(state["_growth_tracker"])
-            save_file(tensors, folder / OPTIMIZER_FILE)
-
-    def load(self, folder: Path) -> None:
-        self.method.load_state_dict(load_file(folder / MODEL_FILE))
-        tensors = load_file(folder / OPTIMIZER_FILE)
+    def save(self, put: Put) -> None:
+        if not is_main():
+            return
+        for name, tensor in self.method.state_dict().items():
+            put(MODEL_FILE, name, tensor)
         for name, parameter in self.method.named_parameters():
-            if f"step.{name}" in tensors:
-                state = {key: tensors[f"{key}.{name}"].to(self.device) for key in ("step", *MOMENTS)}
-                self.optimizer.state[parameter] = state
-        if self.scaler.is_enabled() and "scaler.scale" in tensors:
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                put(OPTIMIZER_FILE, f"{key}.{name}", value)
+        if self.scaler.is_enabled():
             state = self.scaler.state_dict()
-            state["scale"], state["_growth_tracker"] = tensors["scaler.scale"].item(), tensors["scaler.growth"].item()
+            put(OPTIMIZER_FILE, "scaler.scale", torch.tensor(state["scale"]))
+            put(OPTIMIZER_FILE, "scaler.growth", torch.tensor(state["_growth_tracker"]))
+
+    @torch.no_grad()
+    def load(self, source: Source) -> None:
+        weights = self.method.state_dict()
+        source.expect(MODEL_FILE, weights)
+        for name, tensor in weights.items():
+            tensor.copy_(source.get(MODEL_FILE, name, tensor))
+        names = source.names.get(OPTIMIZER_FILE, ())
+        zero = torch.zeros(())
+        for name, parameter in self.method.named_parameters():
+            if f"step.{name}" in names:
+                like = {"step": zero, **dict.fromkeys(MOMENTS, parameter)}
+                state = {key: source.get(OPTIMIZER_FILE, f"{key}.{name}", t) for key, t in like.items()}
+                self.optimizer.state[parameter] = state
+        if self.scaler.is_enabled() and "scaler.scale" in names:
+            state = self.scaler.state_dict()
+            state["scale"] = source.get(OPTIMIZER_FILE, "scaler.scale", zero).item()
+            state["_growth_tracker"] = source.get(OPTIMIZER_FILE, "scaler.growth", zero.long()).item()
             self.scaler.load_state_dict(state)
 
 

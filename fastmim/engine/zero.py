@@ -8,21 +8,20 @@ Adam one step late at stage 0, and its averages in bf16 would stall the EMA.
 
 import os
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from fastmim_kernels import ema_update
 from fastmim_pipelines.spec import Batch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastmim.config import ConfigError
+from fastmim.contrast import Representations, Rest
 from fastmim.dist import is_main, rank, start, world_size
 from fastmim.ema import EmaPair
-from fastmim.engine.base import EngineSpec, Precise, StepInfo
+from fastmim.engine.base import MODEL_FILE, OPTIMIZER_FILE, EngineSpec, Precise, Put, Source, StepInfo
 from fastmim.engine.ddp import data_parallel
-from fastmim.engine.single import MODEL_FILE, MOMENTS, OPTIMIZER_FILE
+from fastmim.engine.single import MOMENTS
 from fastmim.optim import adamw, clip_gradients
 
 
@@ -57,12 +56,19 @@ def deepspeed_config(spec: EngineSpec) -> dict:
             "stage": spec.zero_stage,
             # The default adds the bias after the product, one more rounding: losses then differ between stages.
             "memory_efficient_linear": False,
+            **_offload(spec),
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},
         "steps_per_print": 2**62,
     }
+
+
+def _offload(spec: EngineSpec) -> dict:
+    kept = {"device": "cpu", "pin_memory": spec.device.type == "cuda"}
+    what = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
+    return dict.fromkeys(what[spec.zero_offload], kept)
 
 
 class ZeroEngine:
@@ -100,9 +106,12 @@ class ZeroEngine:
         is_last = self.micro_steps == self.spec.accumulate - 1
         return self.model.no_sync() if self.has_ddp and not is_last else nullcontext()
 
-    def forward(self, batch: Batch, rng: Tensor):
+    def forward(self, batch: Batch, rng: Tensor, *rest: Rest):
         with self._synchronized():
-            return self.engine(batch, rng)
+            return self.engine(batch, rng, *rest)
+
+    def represent(self, batch: Batch, rng: Tensor) -> Representations:
+        return self.precise.represent(batch, rng)
 
     def backward(self, loss: Tensor) -> None:
         with self._synchronized():
@@ -146,8 +155,12 @@ class ZeroEngine:
         # equal partitions: each rank averages its own.
         from deepspeed.utils import safe_get_local_fp32_param
 
-        shards = [safe_get_local_fp32_param(p).flatten() for p in online]
-        ema_update([t.ds_tensor.data.flatten()[: s.numel()] for t, s in zip(targets, shards)], shards, kept)
+        # With offload the two may be in different memories.
+        places = [t.ds_tensor.device for t in targets]
+        shards = [safe_get_local_fp32_param(p).flatten().to(place) for p, place in zip(online, places)]
+        ema_update(
+            [t.ds_tensor.data.flatten()[: s.numel()] for t, s in zip(targets, shards)], shards, kept.to(places[0])
+        )
         # DeepSpeed keeps small parameters gathered between steps: these copies would lag one step behind.
         gathered = [t for t in targets if t.ds_persist]
         if gathered:
@@ -164,42 +177,76 @@ class ZeroEngine:
 
     # -- state: by parameter name, the same files as SingleEngine's, whatever the stage and the world -----------
 
-    def save(self, folder: Path) -> None:
-        with self.whole():
-            if is_main():
-                model = {n: t.detach().clone().contiguous() for n, t in self.method.state_dict().items()}
-                save_file(model, folder / MODEL_FILE)
-        tensors = {}
+    def _gathered(self, parameters: list[Tensor], *, written: bool = False):
+        """Within it, the given parameters are whole on every rank; with `written`, rank 0's changes stay."""
+        if self.stage < 3:
+            return nullcontext()
+        return self.deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if written else None)
+
+    def save(self, put: Put) -> None:
+        # One parameter at a time: where they are sharded, all of them may fit on no device.
+        for name, parameter in self.method.named_parameters():
+            with self._gathered([parameter]):
+                if is_main():
+                    put(MODEL_FILE, name, parameter.data)
+        if is_main():
+            for name, buffer in self._saved_buffers().items():
+                put(MODEL_FILE, name, buffer)
         self._link_states()
         step = self._optimizer_step()
         for name, parameter in self.method.named_parameters():
             if parameter.requires_grad and step:
                 moments = self._moments(parameter)
                 if is_main():
-                    tensors |= {f"{key}.{name}": value for key, value in zip(MOMENTS, moments)}
-                    tensors[f"step.{name}"] = torch.tensor(float(step))
-        if is_main():
-            save_file(tensors, folder / OPTIMIZER_FILE)
+                    for key, value in zip(MOMENTS, moments):
+                        put(OPTIMIZER_FILE, f"{key}.{name}", value)
+                    put(OPTIMIZER_FILE, f"step.{name}", torch.tensor(float(step)))
 
-    def load(self, folder: Path) -> None:
-        model, tensors = load_file(folder / MODEL_FILE), load_file(folder / OPTIMIZER_FILE)
-        modifier = {"modifier_rank": 0}
+    @torch.no_grad()
+    def load(self, source: Source) -> None:
+        parameters, buffers = dict(self.method.named_parameters()), self._saved_buffers()
+        source.expect(MODEL_FILE, [*parameters, *buffers])
+        for name, parameter in parameters.items():
+            like = torch.empty(self._shape(parameter), dtype=parameter.dtype, device="meta")
+            value = source.get(MODEL_FILE, name, like)
+            with self._gathered([parameter], written=True):
+                if self.stage < 3 or is_main():
+                    parameter.data.copy_(value)
+            if self.stage and parameter.requires_grad:
+                self._set_master(parameter, value)
+        for name, buffer in buffers.items():
+            buffer.copy_(source.get(MODEL_FILE, name, buffer))
+        if self.stage in (1, 2):
+            self.optimizer.update_lp_params()
+        if source.names.get(OPTIMIZER_FILE):
+            self._load_optimizer(source)
+
+    def _load_optimizer(self, source: Source) -> None:
+        base, made = self.base_optimizer, False
         for name, parameter in self.method.named_parameters():
-            value = model.pop(name).to(self.device)
-            if self.stage == 3:
-                with self.deepspeed.zero.GatheredParameters([parameter], **modifier):
-                    if is_main():
-                        parameter.data.copy_(value)
-            else:
-                parameter.data.copy_(value)
-        buffers = dict(self.method.named_buffers())
-        for name, value in model.items():
-            buffers[name].copy_(value)
-        steps = {float(v) for n, v in tensors.items() if n.startswith("step.")}
-        if steps:
-            self._restore_optimizer(tensors, max(steps))
+            if not parameter.requires_grad:
+                continue
+            step = source.get(OPTIMIZER_FILE, f"step.{name}", torch.zeros(()))
+            like = torch.empty(self._shape(parameter), device="meta")
+            moments = {key: source.get(OPTIMIZER_FILE, f"{key}.{name}", like) for key in MOMENTS}
+            if self.stage == 0:
+                base.state[parameter] = {"step": step, **moments}
+                continue
+            if not made:
+                self._make_states(float(step))
+                made = True
+            self._set_moments(parameter, moments)
         if self.stage:
-            self._copy_masters(load_file(folder / MODEL_FILE))
+            for state in base.state.values():
+                state["step"].fill_(float(step))
+
+    def _saved_buffers(self) -> dict[str, Tensor]:
+        parameters = {name for name, _ in self.method.named_parameters()}
+        return {name: t for name, t in self.method.state_dict().items() if name not in parameters}
+
+    def _shape(self, parameter: Tensor) -> torch.Size:
+        """Of the whole parameter."""
+        return parameter.ds_shape if self.stage == 3 else parameter.shape
 
     def _optimizer_step(self) -> float:
         return max((float(s["step"]) for s in self.base_optimizer.state.values() if "step" in s), default=0.0)
@@ -217,24 +264,17 @@ class ZeroEngine:
 
         return [safe_get_full_optimizer_state(parameter, key).detach().float().cpu().clone() for key in MOMENTS]
 
-    def _restore_optimizer(self, tensors: dict[str, Tensor], step: float) -> None:
-        base = self.base_optimizer
-        if self.stage == 0:
-            for name, parameter in self.method.named_parameters():
-                if f"step.{name}" in tensors:
-                    base.state[parameter] = {
-                        key: tensors[f"{key}.{name}"].to(self.device) for key in ("step", *MOMENTS)
-                    }
-            return
+    def _set_master(self, parameter: Tensor, value: Tensor) -> None:
+        """Sets the fp32 copy that stages 1-3 step on."""
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        safe_set_full_fp32_param(parameter, value)
+
+    def _set_moments(self, parameter: Tensor, moments: dict[str, Tensor]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        self._make_states(step)
-        for name, parameter in self.method.named_parameters():
-            if parameter.requires_grad:
-                for key in MOMENTS:
-                    safe_set_full_optimizer_state(parameter, tensors[f"{key}.{name}"].to(self.device), key)
-        for state in base.state.values():
-            state["step"].fill_(step)
+        for key, value in moments.items():
+            safe_set_full_optimizer_state(parameter, value, key)
 
     def _make_states(self, step: float) -> None:
         """Makes the optimizer's lazy state exist, without moving a weight."""
@@ -246,27 +286,18 @@ class ZeroEngine:
                     **{key: torch.zeros_like(flat) for key in MOMENTS},
                 }
             return
-        saved = [(group["lr"], group["weight_decay"]) for group in base.param_groups]
+        # With offload, DeepSpeed keeps a buffer for the gradient there.
+        saved = [(g["lr"], g["weight_decay"], [flat.grad for flat in g["params"]]) for g in base.param_groups]
         for group in base.param_groups:
             group["lr"] = group["weight_decay"] = 0.0
             for flat in group["params"]:
                 flat.grad = torch.zeros_like(flat)
         base.step()
-        for group, (lr, weight_decay) in zip(base.param_groups, saved):
+        for group, (lr, weight_decay, gradients) in zip(base.param_groups, saved):
             group["lr"], group["weight_decay"] = lr, weight_decay
-            for flat in group["params"]:
-                flat.grad = None
+            for flat, gradient in zip(group["params"], gradients):
+                flat.grad = gradient
         self._link_states()
-
-    def _copy_masters(self, model: dict[str, Tensor]) -> None:
-        """Sets the fp32 copies that stages 1-3 step on."""
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for name, parameter in self.method.named_parameters():
-            if parameter.requires_grad:
-                safe_set_full_fp32_param(parameter, model[name].to(self.device))
-        if self.stage < 3:
-            self.optimizer.update_lp_params()
 
 
 ENGINE = ZeroEngine

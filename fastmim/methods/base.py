@@ -14,6 +14,7 @@ from fastmim_pipelines.spec import Batch, CropSpec
 from torch import Tensor, nn
 
 from fastmim.config import ConfigError, ModelSpec, nearest
+from fastmim.contrast import Representations
 from fastmim.conv import ConvEncoder
 from fastmim.ema import EmaPair
 from fastmim.targets import Reconstruction
@@ -53,7 +54,8 @@ class Method(nn.Module):
 
     Config: ClassVar[type]
     mixes_images: ClassVar[bool] = False
-    """Whether the loss of an image depends on all others of its micro-batch: accumulation then changes the result."""
+    """Whether the loss of an image depends on all others of its micro-batch: accumulation then changes the result, unless
+    the method defines `represent`."""
     batch_multiple: int = 1
     """The images of a rank's micro-batch come in groups of so many."""
     notes: tuple[str, ...] = ()
@@ -86,6 +88,18 @@ class Method(nn.Module):
             rng: (2,) int64 on the device: seed and step. Everything random is a function of it and of the ids.
         """
         raise TypeError(f"{type(self).__name__}.forward: expected the method to define it; see methods/base.py")
+
+    def represent(self, batch: Batch, rng: Tensor) -> Representations:
+        """What the contrast needs of each image, without gradient. With it, N micro-batches equal one big batch.
+
+        A method that defines this takes `rest: Rest | None = None` as third argument of `forward`, and contrasts
+        `among(rest, online)` where it is given.
+        """
+        raise TypeError(f"{type(self).__name__}.represent: expected the method to define it; see contrast.py")
+
+    @classmethod
+    def can_represent(cls) -> bool:
+        return cls.represent is not Method.represent
 
     def ema_pairs(self) -> list[EmaPair]:
         """Target parameters that follow online ones after each applied step."""

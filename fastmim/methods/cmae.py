@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fastmim import dist
 from fastmim.config import ModelSpec
+from fastmim.contrast import Representations, Rest, among
 from fastmim.ema import EmaPair, module_pairs, start_target
 from fastmim.heads import ProjectionHead
 from fastmim.masking import CellPolicy, MaskPlan
@@ -90,38 +91,49 @@ class CMAE(Method):
         visible = self.pixels.patches(images, plan.ids_keep, **window)
         return self.encoder(visible, plan.ids_keep), plan
 
+    def _window(self, batch: Batch, rng: Tensor) -> dict[str, object]:
+        # The online view is the master crop's top-left corner: only the target view moves (ShiftPixel with pixel=0).
+        return dict(size=self.model.image_size, flip=random_flip(rng, batch.ids))
+
     @torch.no_grad()
     def _target(self, batch: Batch, rng: Tensor, window: dict) -> Tensor:
-        """(B, head_out) unit vectors of the shifted and color-augmented view, seen whole."""
+        """(B, D) mean token of the shifted and color-augmented view, seen whole."""
         shift = random_shift(rng, batch.ids, self.shift)
         color = random_color(rng, batch.ids, self.config.color)
         view = shift_flip_jitter(
             batch.crops[0], offset=shift, mean=self.model.mean, std=self.model.std, **window, **color
         )
         tokens = self.target_encoder(patchify_gather(view, None, self.model.patch_size))
-        return F.normalize(self.target_projector(tokens[:, self.encoder.num_prefix :].mean(1)).float(), dim=-1)
+        return tokens[:, self.encoder.num_prefix :].mean(1)
 
-    def forward(self, batch: Batch, rng: Tensor) -> StepOutput:
-        # The online view is the master crop's top-left corner: only the target view moves (ShiftPixel with pixel=0).
-        window = dict(size=self.model.image_size, flip=random_flip(rng, batch.ids))
+    def represent(self, batch: Batch, rng: Tensor) -> Representations:
+        window = self._window(batch, rng)
+        latent, plan = self._encode(batch.crops[0], batch.ids, rng, **window)
+        return Representations(self.feature_decoder(latent, plan.ids_restore), self._target(batch, rng, window))
+
+    def forward(self, batch: Batch, rng: Tensor, rest: Rest | None = None) -> StepOutput:
+        window = self._window(batch, rng)
         latent, plan = self._encode(batch.crops[0], batch.ids, rng, **window)
         pred = self.pixel_decoder(latent, plan.ids_restore, plan.ids_masked)
         pixel = self.config.pixel_weight * self.pixels.loss(pred, batch.crops[0], plan.ids_masked, **window)
 
         feature = self.feature_decoder(latent, plan.ids_restore)
-        query = F.normalize(self.predictor(self.projector(feature)).float(), dim=-1)
-        key = self._target(batch, rng, window)
-        tau = self.config.temperature
-        info_nce = contrastive_loss(query, dist.gather_rows(key), offset=dist.rank() * len(key), temperature=tau)
-        contrast = self.config.contrast_weight * 2 * tau * info_nce
+        if rest is None:
+            contrast, cosines = self._contrast(Representations(feature, self._target(batch, rng, window)))
+        else:
+            contrast, cosines = self._contrast(among(rest, feature))
+        return StepOutput(pixel + contrast, {"pixel": pixel.detach(), "contrast": contrast.detach()}, cosines)
 
+    def _contrast(self, images: Representations) -> tuple[Tensor, dict[str, Tensor]]:
+        """InfoNCE with its weight, and cosines."""
+        query = F.normalize(self.predictor(self.projector(images.online)).float(), dim=-1)
+        with torch.no_grad():
+            key = F.normalize(self.target_projector(images.target).float(), dim=-1)
+        keys, tau = dist.gather_rows(key), self.config.temperature
+        info_nce = contrastive_loss(query, keys, offset=dist.rank() * len(key), temperature=tau)
         positive = (query.detach() * key).sum(-1).mean()
-        negative = (query.detach().mean(0) * key.mean(0)).sum()
-        return StepOutput(
-            pixel + contrast,
-            {"pixel": pixel.detach(), "contrast": contrast.detach()},
-            {"cosine/positive": positive, "cosine/mean": negative},
-        )
+        cosines = {"cosine/positive": positive, "cosine/mean": (query.detach().mean(0) * keys.mean(0)).sum()}
+        return self.config.contrast_weight * 2 * tau * info_nce, cosines
 
     def ema_pairs(self) -> list[EmaPair]:
         # By name: the online encoder's final norm has no partner. The predictor has no average.

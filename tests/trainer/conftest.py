@@ -1,9 +1,11 @@
 """Real images for the tests of the trainer."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trainer_run import write_images
+from fork_server import Server
+from trainer_run import ROOT, environment, write_images
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +15,11 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "train", 12)
     write_images(root / "val", 3, seed=1)
     return root
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """Starts jobs of one or more processes without a launcher."""
+    started = Server(environment(), ROOT)
+    yield started
+    started.close()

@@ -18,11 +18,14 @@ FROZEN = [
     "--betas",
     "--clip",
     "--config",
+    "--contrast-batch",
     "--data",
     "--device",
     "--dry-run",
     "--engine",
     "--epochs",
+    "--exclude",
+    "--hang-after",
     "--image-size",
     "--in-chans",
     "--keep",
@@ -44,6 +47,7 @@ FROZEN = [
     "--save-every",
     "--schedule",
     "--seed",
+    "--skip-budget",
     "--std",
     "--stem",
     "--steps",
@@ -54,6 +58,7 @@ FROZEN = [
     "--weight-decay",
     "--workers",
     "--zero",
+    "--zero-offload",
 ]
 FROZEN_OPTIONS = {
     "mae": [
@@ -157,6 +162,7 @@ FROZEN_OPTIONS = {
         "--simmim.layer-scale",
         "--simmim.mask-cell",
         "--simmim.mask-ratio",
+        "--simmim.norm-pix",
     ],
 }
 

@@ -1,8 +1,6 @@
 """Checkpoints exist whole or not at all; damage is found before a weight is used."""
 
-import json
 import os
-import random
 import shutil
 from pathlib import Path
 
@@ -38,27 +36,6 @@ def test_keep_deletes_the_oldest_only(tmp_path):
     for step in (1, 2, 10, 100):
         write(tmp_path, step, keep=2)
     assert checkpoint.steps_on_disk(tmp_path) == [10, 100]
-
-
-def test_every_bit_flip_is_detected_and_the_file_named(tmp_path):
-    good, bad = write(tmp_path, 1), write(tmp_path, 2)
-    rng = random.Random(0)
-    for file in sorted(bad.iterdir()):
-        original = file.read_bytes()
-        for _ in range(60):
-            damaged = bytearray(original)
-            position = rng.randrange(len(damaged))
-            damaged[position] ^= 1 << rng.randrange(8)
-            file.write_bytes(damaged)
-            step, said = find(tmp_path)
-            # White space of the manifest may change without changing what it says.
-            if step == 2:
-                assert file.name == checkpoint.MANIFEST
-                assert json.loads(damaged) == json.loads(original)
-            else:
-                assert step == 1 and str(file) in said[0]
-        file.write_bytes(original)
-    assert find(tmp_path) == (2, []) and good.exists()
 
 
 @pytest.mark.parametrize("damage", ["truncate", "empty", "delete"])

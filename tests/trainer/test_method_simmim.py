@@ -121,8 +121,11 @@ def masked_of(method, batch, rng, cell, cells_masked):
     return [[p for p in range(h * w) if p not in cells_to_patches(kept, method.model.grid, cell)] for kept in visible]
 
 
-def slow_loss(method, weights, batch, rng, cell, cells_masked, drop_path):
-    """The source's loss: absolute errors of the masked pixels in the picture, by their number, by the channels."""
+def slow_loss(method, weights, batch, rng, cell, cells_masked, drop_path, norm_pix=False):
+    """The source's loss: absolute errors of the masked pixels in the picture, by their number, by the channels.
+
+    norm_pix: the pixels of each patch are first brought to mean 0 and (unbiased) variance 1.
+    """
     m, (_, depth, heads) = method.model, SMALL
     drops = slow_drops(rng, batch.ids, drop_path, depth)
     total, pixels = 0.0, 0
@@ -132,6 +135,9 @@ def slow_loss(method, weights, batch, rng, cell, cells_masked, drop_path):
         pred = linear(weights, "head", tokens[1:])
         for p in masked:
             top, left = p // m.grid[1] * m.patch_size, p % m.grid[1] * m.patch_size
+            if norm_pix:
+                patch = view[:, top : top + m.patch_size, left : left + m.patch_size]
+                patch[:] = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
             for y in range(m.patch_size):
                 for x in range(m.patch_size):
                     values = pred[p, (y * m.patch_size + x) * m.in_chans :][: m.in_chans]
@@ -143,16 +149,17 @@ def slow_loss(method, weights, batch, rng, cell, cells_masked, drop_path):
 # ---- the whole method
 
 
+@pytest.mark.parametrize("norm_pix", [False, True], ids=["plain", "norm_pix"])
 @pytest.mark.parametrize(("shape", "cell"), SHAPES, ids=IDS)
-def test_simmim_loss_and_gradients_equal_the_slow_recomputation(small, shape, cell):
-    method = build(shape, cell)
+def test_simmim_loss_and_gradients_equal_the_slow_recomputation(small, shape, cell, norm_pix):
+    method = build(shape, cell, norm_pix=norm_pix)
     batch, rng = make_batch(method), make_rng()
     assert set(draw_flips(rng, batch.ids)) == {True, False}, "the case must hold flipped and plain images"
     drops = [f for image in slow_drops(rng, batch.ids, 0.5, SMALL[1]) for pair in image for f in pair]
     assert {0.0, 1.0, 2.0} == set(drops), "the case must hold branches that are dropped, kept and scaled"
     cells = method.model.num_patches // cell**2
     weights = doubles(method)
-    slow = slow_loss(method, weights, batch, rng, cell, math.ceil(0.6 * cells), 0.5)
+    slow = slow_loss(method, weights, batch, rng, cell, math.ceil(0.6 * cells), 0.5, norm_pix)
     output = method(batch, rng)
     assert output.loss.item() == pytest.approx(slow.item(), rel=1e-5)
     assert output.parts["pixel"].item() == output.loss.item() and not output.parts["pixel"].requires_grad
@@ -391,7 +398,7 @@ def test_simmim_paper_preset_is_the_published_recipe():
     )  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.peak_lr == pytest.approx(4e-4) and config.peak_lr * config.warmup_start == pytest.approx(2e-6)
-    options = dict(mask_ratio=0.6, mask_cell=2, crop_scale=(0.67, 1.0), layer_scale=0.1, drop_path=0.1)
+    options = dict(mask_ratio=0.6, mask_cell=2, norm_pix=False, crop_scale=(0.67, 1.0), layer_scale=0.1, drop_path=0.1)
     assert dataclasses.asdict(preset.options) == options
 
 

@@ -108,7 +108,11 @@ def test_block_equals_written_out_block():
     scramble(module)
     x = torch.randn(2, 9, 24)
     slow = torch.stack([block(doubles(module), row.double(), 3) for row in x])
-    torch.testing.assert_close(module(x).double(), slow, rtol=1e-5, atol=1e-5)
+    stream, branch = module(x)
+    torch.testing.assert_close((stream + branch).double(), slow, rtol=1e-5, atol=1e-5)
+    # What the block before left to be added is a part of the input.
+    stream, branch = module(0.25 * x, 0.75 * x)
+    torch.testing.assert_close((stream + branch).double(), slow, rtol=1e-5, atol=1e-5)
 
 
 # ---- encoder

@@ -1,0 +1,88 @@
+"""One run on two hosts, by torchrun's rendezvous and by DeepSpeed's launcher; each host loses power once.
+
+The hosts share the images and no other folder: each has its own run directory, and only the first one's is used.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hosts import Hosts
+from trainer_run import ROOT, TINY, environment, free_port, losses, train, write_images
+
+STEPS = 30
+
+
+@pytest.fixture
+def hosts(capsys) -> Iterator[Hosts]:
+    two = Hosts()
+    with capsys.disabled():
+        print(f"\ntwo hosts: {two.reason}")
+    yield two
+    two.close()
+
+
+def launch(hosts: Hosts, launcher: str, folder: Path, images: Path, *flags: str) -> list:
+    """Starts the job on both; processes by host."""
+    port, bin_folder, first = str(free_port()), Path(environment()["PATH"].split(":")[0]), hosts.hosts[0].address
+    hostfile = folder / "hostfile"
+    hostfile.write_text("".join(f"{host.name} slots=1\n" for host in hosts.hosts))
+    processes = []
+    for rank, host in enumerate(hosts.hosts):
+        front = {
+            "torchrun": ["torchrun", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-id", port,
+                         "--rdzv-endpoint", f"{first}:{port}", "--local-addr", host.address],
+            "deepspeed": ["deepspeed", "--hostfile", str(hostfile), "--no_ssh", "--node_rank", str(rank), "--master_addr",
+                          first, "--master_port", port],
+        }[launcher]  # fmt: skip
+        argv = ["--method", "mae", "--data", str(images), *TINY, "--lr", "1e-5", "--steps", str(STEPS), "--save-every", "2",
+                "--mae.decoder-width", "32", "--out", str(folder / host.name), "--resume", "auto", *flags]  # fmt: skip
+        command = [str(bin_folder / front[0]), *front[1:], str(ROOT / "fastmim" / "train.py"), *argv]
+        processes.append(hosts.start(rank, command, environment(), folder, folder / f"{host.name}.log"))
+    return processes
+
+
+def said(folder: Path) -> str:
+    return "".join(path.read_text() for path in sorted(folder.glob("*.log")))
+
+
+def wait_until(condition, what: str, folder: Path, limit_s: float = 200) -> None:
+    end = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < end, f"{what}: {said(folder)[-3000:]}"
+        time.sleep(0.05)
+
+
+def last_step(out: Path) -> int:
+    return max((int(p.name[5:]) for p in (out / "checkpoints").glob("step-???????")), default=0)
+
+
+@pytest.mark.timeout(600)
+def test_a_run_on_two_hosts_survives_the_loss_of_either(hosts, tmp_path):
+    images = write_images(tmp_path / "images", 12)
+    out = tmp_path / hosts.hosts[0].name
+    slow = ["--log-every", "1"]
+    reached = 0
+    for launcher, flags, victim in (("torchrun", [], 1), ("deepspeed", ["--zero", "2"], 0)):
+        both = launch(hosts, launcher, tmp_path, images, *slow, *flags)
+        wait_until(
+            lambda: last_step(out) >= reached + 4 or any(p.poll() is not None for p in both),
+            f"{launcher} trains",
+            tmp_path,
+        )
+        assert all(p.poll() is None for p in both), f"{launcher} ended by itself: {said(tmp_path)[-3000:]}"
+        hosts.cut_power(both[victim])
+        survivor = both[1 - victim]
+        wait_until(lambda: survivor.poll() is not None, "the other host notices", tmp_path, 90)
+        assert survivor.returncode != 0
+        reached = last_step(out)
+    both = launch(hosts, "torchrun", tmp_path, images, *slow)
+    assert [p.wait(200) for p in both] == [0, 0], said(tmp_path)[-3000:]
+    assert "another process of the run is gone" in said(tmp_path)
+    assert not (tmp_path / hosts.hosts[1].name).exists()
+    straight = tmp_path / "straight"
+    done = train(["--method", "mae", "--data", str(images), *TINY, "--lr", "1e-5", "--steps", str(STEPS),
+                  "--mae.decoder-width", "32", "--out", str(straight)])  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert losses(out) == pytest.approx(losses(straight), rel=1e-6)

@@ -1,0 +1,178 @@
+"""Kill storm: a run is killed at random moments and started again by the same command until it is done; the weights must
+be those of the run that nobody killed, bit for bit.
+
+Half of the kills come at a random time, the others at a random passage of a fault point (see fastmim/testing/faults.py),
+most of them inside a save. Everything is drawn from the seed of the storm. `python tests/trainer/storm.py 200` runs it
+alone; the suite runs a few kills, or as many as the environment variable FASTMIM_STORM says.
+"""
+
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fork_server import Server
+from safetensors.torch import load_file
+from trainer_run import ROOT, TINY, environment, free_port, metrics, write_images
+
+STEPS, SAVE_EVERY = 24, 2
+# (name, processes, flags, share of the kills)
+JOBS = [
+    ("single", 1, [], 0.6),
+    ("ddp x 2", 2, [], 0.3),
+    ("zero-2 x 2", 2, ["--zero", "2"], 0.1),
+]
+POINTS = {
+    "save:begin": 8, "save:write": 30, "save:fsync": 40, "save:rename": 8, "save:latest": 8, "save:delete": 6,
+    "step:forward": 10, "step:update": 10, "step:ema": 10, "log:write": 10,
+}  # fmt: skip
+TIMED = ("images_per_s", "step_ms", "data_wait", "peak_mib", "slowest_rank")
+
+
+@dataclass
+class Tally:
+    """What happened to one job."""
+
+    name: str
+    kills: dict[int, int] = field(default_factory=dict)
+    """By rank."""
+    inside_saves: int = 0
+    """Kills that left an unfinished save behind, or came from a fault point of a save."""
+    resumed: int = 0
+    """Starts after a kill that continued (or began, where there was no checkpoint yet) by themselves."""
+    runs: int = 0
+    """Finished runs; all of them equal the straight one."""
+    most_lost: int = 0
+    """Steps between the last line of metrics and the checkpoint that was continued, at most."""
+    codes: dict[int, int] = field(default_factory=dict)
+    """Exit codes of the ranks beside the killed one."""
+
+    @property
+    def total(self) -> int:
+        return sum(self.kills.values())
+
+
+def last_checkpoint(out: Path) -> Path:
+    return out / "checkpoints" / (out / "checkpoints" / "LATEST").read_text().strip()
+
+
+def differences(out: Path, straight: Path) -> list[str]:
+    """Names of tensors and lines of metrics that differ in any bit, but for times."""
+    found = []
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        ours, theirs = load_file(last_checkpoint(out) / name), load_file(last_checkpoint(straight) / name)
+        found += [f"{name}: {key}" for key in theirs if key not in ours or not ours[key].equal(theirs[key])]
+    strip = [[{k: v for k, v in r.items() if k not in TIMED} for r in metrics(o)] for o in (out, straight)]
+    if strip[0] != strip[1]:
+        found.append("metrics.jsonl")
+    return found
+
+
+def unfinished(checkpoints: Path) -> bool:
+    """Whether a save was under way."""
+    return checkpoints.is_dir() and any("tmp" in p.name or "replaced" in p.name for p in checkpoints.iterdir())
+
+
+def last_step(out: Path) -> int:
+    lines = (out / "metrics.jsonl").read_text().split("\n") if (out / "metrics.jsonl").exists() else []
+    steps = [int(m[1]) for line in lines if line.endswith("}") and (m := re.match(r'\{"step": (\d+)', line))]
+    return max(steps, default=0)
+
+
+def storm(kills: int, root: Path, seed: int = 0) -> list[Tally]:
+    """Kills so many times; raises AssertionError at the first run that is not continued or not equal."""
+    rng = random.Random(seed)
+    images = write_images(root / "images", 12)
+    base = ["train", "--method", "mae", "--data", str(images), *TINY, "--steps", str(STEPS), "--save-every",
+            str(SAVE_EVERY), "--warmup", "5", "--mae.decoder-width", "32", "--hang-after", "20"]  # fmt: skip
+    server, tallies = Server(environment(), ROOT), []
+    try:
+        for name, world, flags, share in JOBS:
+            tallies.append(_storm_job(server, root, [*base, *flags], name, world, max(1, round(share * kills)), rng))
+    finally:
+        server.close()
+    return tallies
+
+
+def _storm_job(server, root: Path, argv: list[str], name: str, world: int, kills: int, rng) -> Tally:
+    tally, folder = Tally(name), root / re.sub(r"\W", "", name)
+    straight, out, log = folder / "straight", folder / "run", folder / "log"
+    began = time.monotonic()
+    job = server.start([*argv, "--out", str(straight)], folder / "straight.log", world=world, port=free_port())
+    assert job.wait() == [0] * world, job.said()
+    length = time.monotonic() - began
+    argv, was_killed = [*argv, "--out", str(out), "--resume", "auto"], False
+    while True:
+        reached = last_step(out)
+        calm = tally.total >= kills
+        point = rng.choice(list(POINTS)) if rng.random() < 0.5 else None
+        victim = rng.randrange(world)
+        if point is not None and point.startswith(("save", "log")):
+            victim = 0  # who alone writes
+        fault = (
+            {} if point is None or calm else {"FASTMIM_FAULT": f"{point}:kill@{rng.randint(1, POINTS[point])}#{victim}"}
+        )
+        log.unlink(missing_ok=True)
+        job = server.start(argv, log, world=world, port=free_port(), **fault)
+        if point is None and not calm:
+            time.sleep(rng.uniform(0, length))
+            if job.is_alive(victim):
+                job.kill(victim)
+        codes = job.wait(120, grace_s=20)
+        if was_killed:
+            said = job.said()
+            resumed = re.search(r"resumed at step (\d+)", said)
+            if resumed:
+                tally.most_lost = max(tally.most_lost, reached - int(resumed[1]))
+        if codes[victim] == -9:
+            said = job.said()
+            assert "Traceback" not in said and ("error:" not in said or "another process of the run is gone" in said), (
+                said
+            )
+            tally.resumed += was_killed
+            tally.kills[victim] = tally.kills.get(victim, 0) + 1
+            tally.inside_saves += unfinished(out / "checkpoints") or (point or "").startswith("save")
+            for rank, code in enumerate(codes):
+                if rank != victim:
+                    tally.codes[code] = tally.codes.get(code, 0) + 1
+            was_killed = True
+            continue
+        assert codes == [0] * world, f"{argv}, {fault}: {codes}\n{job.said()}"
+        tally.resumed += was_killed
+        different = differences(out, straight)
+        assert not different, f"{name}: {different[:5]}"
+        assert not unfinished(out / "checkpoints"), "leftovers of killed saves"
+        tally.runs, was_killed = tally.runs + 1, False
+        if calm:
+            return tally
+        shutil.rmtree(out)
+
+
+def table(tallies: list[Tally], seconds: float) -> str:
+    lines = [
+        "| job | kills of rank 0 | of another rank | of these inside a save | starts that went on by themselves "
+        "| runs bit-equal to the straight run | most steps lost |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for t in tallies:
+        others = t.total - t.kills.get(0, 0)
+        lines.append(
+            f"| {t.name} | {t.kills.get(0, 0)} | {others} | {t.inside_saves} | {t.resumed} of {t.total} "
+            f"| {t.runs} of {t.runs} | {t.most_lost} (saved every {SAVE_EVERY}) |"
+        )
+    codes = {code: sum(t.codes.get(code, 0) for t in tallies) for code in sorted({c for t in tallies for c in t.codes})}
+    lines.append(f"\n{sum(t.total for t in tallies)} kills in {seconds:.0f} s; exit codes of the ranks beside the killed one: "
+                 + (", ".join(f"{code} ({n} times)" for code, n in codes.items()) or "none"))  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 200
+    with tempfile.TemporaryDirectory() as scratch:
+        start = time.monotonic()
+        result = storm(wanted, Path(scratch))
+        print(table(result, time.monotonic() - start))

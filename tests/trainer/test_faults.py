@@ -1,0 +1,300 @@
+"""Runs that go wrong on order: full disks, lost and stuck processes, slow ones, signals, dead workers.
+
+The faults are those of fastmim/testing/faults.py. The reference is always the run in which nothing went wrong.
+"""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+from storm import differences, last_checkpoint
+from trainer_run import TINY, free_port, metrics
+
+from fastmim.config import ConfigError
+from fastmim.testing import faults
+
+STEPS = 12
+
+
+def arguments(images: Path, out: Path, *extra: str) -> list[str]:
+    """12 steps of MAE; a checkpoint at every other step."""
+    return ["train", "--method", "mae", "--data", str(images / "train"), *TINY, "--mae.decoder-width", "32", "--steps",
+            str(STEPS), "--save-every", "2", "--out", str(out), *extra]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(images, server, tmp_path_factory) -> dict[int, Path]:
+    """Runs of 1 and 2 processes in which nothing goes wrong."""
+    outs = {}
+    for world in (1, 2):
+        outs[world] = tmp_path_factory.mktemp("straight") / "run"
+        job = server.start(arguments(images, outs[world]), outs[world].parent / "log", world=world, port=free_port())
+        assert job.wait() == [0] * world, job.said()
+    return outs
+
+
+@pytest.fixture
+def start(images, server, tmp_path):
+    """Starts the run in tmp_path/run; returns the job."""
+    count = iter(range(99))
+
+    def run(*extra: str, world: int = 1, fault: str = "", **env: str):
+        env = env | ({"FASTMIM_FAULT": fault} if fault else {})
+        log = tmp_path / f"log{next(count)}"
+        return server.start(arguments(images, tmp_path / "run", *extra), log, world=world, port=free_port(), **env)
+
+    return run
+
+
+# -- storage -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fault",
+    ["save:begin:eio@2", "save:write:enospc@90", "save:write:enospc@110", "save:fsync:eio@7", "save:rename:eio@2",
+     "save:latest:enospc@2", "save:delete:eio@1"],
+)  # fmt: skip
+def test_a_failed_save_is_reported_and_training_goes_on(start, straight, tmp_path, fault):
+    job = start(fault=fault)
+    assert job.wait() == [0], job.said()
+    assert re.search(r"warning   the checkpoint of step \d+ failed \(1 of 3\): .*; training goes on", job.said())
+    assert not differences(tmp_path / "run", straight[1])
+    assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
+
+
+def test_three_failed_saves_in_a_row_end_the_run_and_the_last_good_one_continues(start, straight, tmp_path):
+    job = start(fault="save:rename:enospc@2+")
+    assert job.wait() == [6], job.said()
+    assert "(2 of 3)" in job.said() and "3 saves in a row failed; make room in" in job.said()
+    assert "continue with --resume from step 2" in job.said()
+    job = start("--resume")
+    assert job.wait() == [0] and "resumed at step 2" in job.said(), job.said()
+    assert not differences(tmp_path / "run", straight[1])
+
+
+def test_the_last_save_must_succeed(start):
+    job = start("--save-every", "100", fault="save:write:enospc@30")
+    assert job.wait() == [6] and "it was the last one" in job.said(), job.said()
+
+
+def test_a_disk_that_is_really_full_gets_space_again(images, server, straight, tmp_path):
+    """A file system of 40 MiB; a checkpoint takes 10. The filler goes after the first failed save."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"mount is not permitted here: {mounted.stderr.decode().strip()}")
+    try:
+        (disk / "filler").write_bytes(bytes(34 << 20))
+        argv = arguments(images, disk / "run", "--keep", "1")
+        job = server.start(argv, tmp_path / "log", FASTMIM_FAULT="step:ema:sleep=0.1@1+")
+        end = time.monotonic() + 60
+        while "No space left on device" not in job.said():
+            assert job.is_running() and time.monotonic() < end, job.said()
+            time.sleep(0.05)
+        (disk / "filler").unlink()
+        assert job.wait() == [0], job.said()
+        assert "(1 of 3): [Errno 28]" in job.said()
+        assert not differences(disk / "run", straight[1])
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_metrics_that_cannot_be_written_do_not_end_the_run(start, straight, tmp_path):
+    job = start(fault="log:write:enospc@3-4")
+    assert job.wait() == [0], job.said()
+    assert job.said().count("metrics.jsonl: [Errno 28]") == 1
+    assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2, *range(5, 13)]
+
+
+# -- other processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_others_with_one_line(start, straight, tmp_path, victim):
+    job = start(world=2, fault=f"step:backward:kill@5#{victim}")
+    codes = job.wait(60)
+    assert (codes[victim], codes[1 - victim]) == (-9, 7), job.said()
+    assert f"error: rank {1 - victim}: another process of the run is gone" in job.said()
+    assert "Traceback" not in job.said()
+    job = start("--resume", world=2)
+    # Rank 0 may have died before it had written the copy of step 4.
+    assert job.wait() == [0, 0] and re.search("resumed at step [24]", job.said()), job.said()
+    assert not differences(tmp_path / "run", straight[2])
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("step:forward:stop@4#1", r"waiting for rank 1 \(.+, process {pid}\), last seen at step \d, .*: its process does not run"),
+        ("step:data:sleep=60@4#1", r"waiting for rank 1 \(.+, process {pid}\), last seen at step 3, waiting for data: its process "
+                                   r"runs, but does not get on"),
+        ("step:forward:stop@4#0", r"rank 0's host, which keeps the rendezvous, does not answer"),
+    ],
+)  # fmt: skip
+def test_the_watchdog_names_the_rank_that_hangs(start, fault, words):
+    job = start("--hang-after", "2", world=2, fault=fault)
+    victim = int(fault[-1])
+    end = time.monotonic() + 60
+    while job.is_alive(1 - victim):
+        assert time.monotonic() < end, "the other rank waits for ever"
+        time.sleep(0.1)
+    said = job.said()
+    job.kill(victim)
+    assert job.wait()[1 - victim] == 7, said
+    assert re.search(words.format(pid=job.pids[victim]), said), said
+
+
+def test_a_slow_rank_is_named(start, tmp_path):
+    job = start("--log-every", "2", "--steps", "8", world=2, fault="step:data:sleep=0.5@1+#1")
+    assert job.wait() == [0, 0], job.said()
+    # From the second time on: once may be chance.
+    assert 1 <= len(re.findall(r"straggler rank 1: \d+ ms of data and forward per step", job.said())) <= 3, job.said()
+    assert [r.get("slowest_rank") for r in metrics(tmp_path / "run")].count(1) >= 2
+
+
+def test_a_file_that_only_one_rank_misses_is_named_and_ends_all(images, server, tmp_path):
+    shutil.copytree(images, tmp_path / "images")
+    argv = arguments(tmp_path / "images", tmp_path / "run", "--steps", "400")
+    job = server.start(argv, tmp_path / "log", world=2, port=free_port(), FASTMIM_FAULT="step:data:sleep=0.05@1+#0")
+    while "step 3/" not in job.said():
+        assert job.is_running(), job.said()
+        time.sleep(0.01)
+    victim = tmp_path / "images" / "train" / "class1" / "005.jpg"
+    victim.unlink()
+    codes = job.wait(60)
+    assert sorted(codes) == [4, 7], job.said()
+    assert f"error: {victim}" in job.said()
+
+
+# -- signals -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "world"),
+    [("save:write:term@5", 1), ("save:latest:usr1@1", 1), ("step:data:int@4", 1), ("step:backward:term@4#1", 2),
+     ("step:forward:term@3#0,step:forward:term@3#1", 2)],
+)  # fmt: skip
+def test_a_signal_at_any_moment_saves_on_all_ranks(start, straight, tmp_path, fault, world):
+    job = start(world=world, fault=fault)
+    assert job.wait() == [75] * world, job.said()
+    job = start("--resume", world=world)
+    assert job.wait() == [0] * world, job.said()
+    assert not differences(tmp_path / "run", straight[world])
+
+
+def test_a_signal_during_evaluation_saves_after_the_next_step(images, start):
+    job = start("--val-data", str(images / "val"), fault="evaluate:term@1")
+    assert job.wait() == [75] and "stopped by signal at step 1" in job.said(), job.said()
+
+
+def test_the_second_signal_ends_at_once(start):
+    job = start(fault="step:forward:term@3,step:backward:term@3")
+    assert job.wait() == [143], job.said()
+
+
+# -- data workers ------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_is_replaced_and_gives_the_same_images(start, straight, tmp_path):
+    job = start("--workers", "1", fault="step:ema:sleep=0.1@1+")
+    while "step 3/" not in job.said():
+        assert job.is_running(), job.said()
+        time.sleep(0.01)
+    (worker,) = psutil.Process(job.pids[0]).children()
+    worker.kill()
+    assert job.wait() == [0], job.said()
+    assert re.search(r"warning   rank 0, step \d+: data workers started again: .*", job.said()), job.said()
+    assert not differences(tmp_path / "run", straight[1])
+
+
+# -- the run's folder and surroundings ---------------------------------------------------------------------------
+
+
+def test_a_second_run_in_the_folder_names_the_first_which_a_kill_frees(start, straight, tmp_path):
+    first = start("--workers", "1", fault="step:ema:sleep=0.1@1+")
+    while "step 3/" not in first.said():
+        assert first.is_running(), first.said()
+        time.sleep(0.01)
+    second = start("--resume")
+    assert second.wait() == [2], second.said()
+    assert f"is in use by process {first.pids[0]} on " in second.said()
+    first.kill(0, signal.SIGKILL)  # its worker lives on for a moment, and has the lock
+    third = start("--resume")
+    assert third.wait() == [0], third.said()
+    assert not differences(tmp_path / "run", straight[1])
+
+
+def test_odd_names_and_surroundings(images, server, straight, tmp_path):
+    """No home, another language and time zone, a link for a run folder, file names that break lines and paths over 255."""
+    deep = tmp_path / ("x" * 120) / ("ü" * 60) / "new\nline and 'quotes' \x1b[31m"
+    shutil.copytree(images / "train", deep / "train")
+    for i, path in enumerate(sorted((deep / "train").rglob("*.jpg"))):
+        path.rename(path.with_name(path.stem + ("\nİ", "", " 日本")[i % 3] + ".jpg"))
+    assert len(str(deep).encode()) > 255
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    env = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere", "LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8",
+           "TZ": "Asia/Kathmandu"}  # fmt: skip
+    job = server.start(arguments(deep, tmp_path / "link" / "rün"), tmp_path / "log", **env)
+    assert job.wait() == [0], job.said()
+    assert not differences(tmp_path / "link" / "rün", straight[1])
+
+
+# -- the injector itself -----------------------------------------------------------------------------------------
+
+
+def test_every_point_exists_and_is_left_alone_without_a_fault(monkeypatch):
+    import importlib
+
+    for places in faults.POINTS.values():
+        for place in places:
+            module, _, path = place.partition(":")
+            owner = importlib.import_module(module)
+            for name in path.split("."):
+                owner = getattr(owner, name)
+            assert "wrapper" not in owner.__name__
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("save:renam:kill", "point: expected one of .*did you mean save:rename"),
+        ("save:rename:kil@2", "action: expected one of .*did you mean kill"),
+        ("save:rename:kill@", "expected POINT:ACTION"),
+    ],
+)
+def test_a_mistake_in_a_fault_is_one_line(text, words):
+    with pytest.raises(ConfigError, match=words):
+        faults.parse(text)
+
+
+def test_faults_are_due_when_their_text_says(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+
+    def due(text: str) -> list[int]:
+        (fault,) = faults.parse(text)
+        return [i for i in range(1, 8) if fault.is_due()]
+
+    assert due("log:write:eio") == [1] and due("log:write:eio@3") == [3]
+    assert due("log:write:eio@5+#1") == [5, 6, 7] and due("log:write:eio@2-4") == [2, 3, 4]
+    assert due("log:write:eio@2+#0") == []
+    assert faults.parse("step:data:sleep=0.25")[0].value == 0.25
+
+
+def test_weights_on_disk_are_what_they_were_in_memory(start, tmp_path):
+    """The writer of safetensors files is our own: the library's reader must agree with it."""
+    job = start()
+    assert job.wait() == [0], job.said()
+    folder = last_checkpoint(tmp_path / "run")
+    weights = load_file(folder / "model.safetensors")
+    exported = load_file(tmp_path / "run" / "encoder.safetensors")
+    assert all(weights[f"encoder.{name}"].equal(tensor) for name, tensor in exported.items())
+    assert os.path.getsize(folder / "model.safetensors") > sum(t.nbytes for t in weights.values())
