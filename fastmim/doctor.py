@@ -174,10 +174,10 @@ class _Examination:
         finally:
             loader.close()
         rates = Rates(disk, cache, decode, resize, fed, transfer, step, together, waiting)
-        size = float(np.mean([len(read_bytes(source)) for source in self._encoded(self.ids[:32])] or [0]))
+        size = float(np.mean([_size_read(source) for source in self._encoded(self.ids[:32])] or [0]))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         facts = Facts(
-            is_native="native" in reason, is_packed=self.index.kind != "folder", fits_memory=size * len(self.index) < memory / 2,
+            is_native="Pillow decodes" not in reason, is_packed=self.index.kind != "folder", fits_memory=size * len(self.index) < memory / 2,
             has_gpu=self.device.type == "cuda", mean_side_px=pixels**0.5, crop_side_px=max(self.session.crops[0].size),
         )  # fmt: skip
         return rates, facts
@@ -231,7 +231,7 @@ class _Examination:
 
     def _decoding(self) -> tuple[float, float, float]:
         """Images per second of decoding and of resizing on all cores; mean pixels of an image."""
-        images, names, sizes, pixels = [], [], [], []
+        images, names, pixels = [], [], []
         for sample_id, source in zip(self.ids, self.index.encoded(self.ids)):
             try:
                 name = self.index.path(sample_id)
@@ -241,7 +241,6 @@ class _Examination:
             if not (isinstance(source, FileSpan) and source.width):
                 images.append(bytes(read_bytes(source)))
                 names.append(name)
-                sizes.append((picture.width, picture.height))
             pixels.append(picture)
             if sum(len(p.planes) * p.width * p.height for p in pixels) > 1 << 28:
                 break

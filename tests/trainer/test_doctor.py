@@ -47,6 +47,7 @@ def stages(text: str) -> dict[str, str]:
 def test_doctor_measures_every_stage_and_passes_over_bad_images(tmp_path, capsys, to):
     data = write_images(tmp_path / "images", per_class=8)
     (data / "class0/000.jpg").write_bytes(b"<html>")
+    (data / "class1/000.jpg").write_bytes(b"")
     if to != "folder":
         out = tmp_path / ("shards" if to == "tar" else "x.beton")
         assert cli.run(["pack", str(data), str(out), "--to", to, "--workers", "0"]) == 0
@@ -60,7 +61,8 @@ def test_doctor_measures_every_stage_and_passes_over_bad_images(tmp_path, capsys
     assert "none" in found["transfer"] and "bottleneck" in found and "advice" in found
 
 
-def test_doctor_finds_that_large_pictures_hold_a_small_model_up(tmp_path, capsys):
+def test_doctor_finds_that_large_pictures_hold_a_small_model_up(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FASTMIM_DECODE", "pillow")
     rng = np.random.default_rng(0)
     (tmp_path / "images").mkdir()
     for i in range(8):
@@ -69,6 +71,7 @@ def test_doctor_finds_that_large_pictures_hold_a_small_model_up(tmp_path, capsys
     assert cli.run(["doctor", str(tmp_path / "images"), "--method", "mae", *TINY, "--seconds", "0.3"]) == 0
     out = capsys.readouterr().out
     assert stages(out)["bottleneck"].split(maxsplit=1)[1] == "decoding", out
+    assert "advice      Pillow decodes; " in out
     assert "advice      the images are 1039 px on average, the crops 16: fastmim pack --resize short:18" in out, out
 
 
