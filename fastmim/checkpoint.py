@@ -65,12 +65,25 @@ def set_aside(root: Path, after: int) -> list[int]:
     return later
 
 
+def tidy(root: Path, step: int, keep: int) -> None:
+    """Finishes what a killed save of `step` may have left undone: LATEST, and the end of older ones."""
+    latest = root / LATEST
+    if not latest.is_file() or latest.read_bytes() != f"{folder_name(step)}\n".encode():
+        _write_latest(root, step)
+    _remove_stale(root)
+    _delete_old(root, keep)
+
+
+def _remove_stale(root: Path) -> None:
+    for stale in root.glob("step-*.tmp-*"):
+        shutil.rmtree(stale)
+
+
 def prepare(root: Path) -> Path:
     """A new temporary folder for one checkpoint; leftovers of killed saves go."""
     root.mkdir(parents=True, exist_ok=True)
     recover(root)
-    for stale in root.glob("step-*.tmp-*"):
-        shutil.rmtree(stale)
+    _remove_stale(root)
     temporary = root / f"step-new.tmp-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     return temporary

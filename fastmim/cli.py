@@ -22,6 +22,7 @@ USAGE = """fastmim COMMAND ...
   demo-data      write the demo data set: labeled, photo-like JPEG files
   plan           parameters, memory, speed, communication and hours of a run, before it runs
   bench          images per second of training steps, beside other ways to take them
+  tune           launch constants of the Triton kernels for this GPU
   info           versions, devices, kernels, loaders
 
 `fastmim COMMAND --help` lists the options."""
@@ -37,7 +38,7 @@ def run(argv: list[str]) -> int:
     """Runs one command; returns the exit code."""
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train, "knn": _knn, "linear": _linear, "record-tokens": _record_tokens, "pack": _pack,
-        "verify-data": _verify_data, "doctor": _doctor, "replay": _replay, "zero-import": _zero_import, "demo-data": _demo_data, "plan": _plan, "bench": _bench, "info": _info,
+        "verify-data": _verify_data, "doctor": _doctor, "replay": _replay, "zero-import": _zero_import, "demo-data": _demo_data, "plan": _plan, "bench": _bench, "tune": _tune, "info": _info,
     }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
@@ -160,6 +161,15 @@ def _zero_import(argv: list[str]) -> int:
     from fastmim.zero_import import zero_import
 
     tyro.cli(zero_import, prog="fastmim zero-import", args=argv)
+    return 0
+
+
+def _tune(argv: list[str]) -> int:
+    import tyro
+
+    from fastmim.tune import tune
+
+    tyro.cli(tune, prog="fastmim tune", args=argv)
     return 0
 
 

@@ -17,7 +17,7 @@ is_waiting = False
 # How the backends say that another process is gone. Source: messages of gloo (Connection closed by peer, reset, refused,
 # Timed out waiting) and NCCL (remote process exited, watchdog) as torch 2.13 passes them on.
 PEER_SIGNS = (
-    "onnection closed by peer", "onnection reset", "onnection refused", "imed out waiting", "imed out after",
+    "onnection closed by peer", "onnection was likely closed", "onnection reset", "onnection refused", "imed out waiting", "imed out after",
     "Broken pipe", "remote process exited", "NCCL", "gloo",
 )  # fmt: skip
 
@@ -78,7 +78,8 @@ def peers_reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as e:
-        if launched_world() == 1 or not any(sign in str(e) for sign in PEER_SIGNS):
+        is_sign = isinstance(e, dist.DistError) or any(sign in str(e) for sign in PEER_SIGNS)
+        if launched_world() == 1 or not is_sign:
             raise
         reason = str(e).strip().splitlines()[0]
         raise PeerError(

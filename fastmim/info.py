@@ -33,6 +33,8 @@ def info() -> None:
     print("kernels:")
     for name, (is_available, reason) in fastmim_kernels.backends().items():
         print(f"  {name}: {'available' if is_available else 'not available'}: {reason}")
+    for op, state in fastmim_kernels.states().items():
+        print(f"    {op}: {state}")
     print(f"methods: {', '.join(available())}")
     print("optional packages:")
     for extra, package in EXTRAS.items():

@@ -30,6 +30,8 @@ class StepMemory(NamedTuple):
     """Kept from the forward for the backward pass, besides parameters and the batch."""
     peak: int
     """Largest sum of activations, temporaries and gradients; not parameters, optimizer state and the batch."""
+    ops: int
+    """Operations, views not counted."""
 
 
 class Live(TorchDispatchMode):
@@ -37,11 +39,12 @@ class Live(TorchDispatchMode):
 
     def __init__(self, known: list[Tensor]):
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.ops = 0
         self.known: dict[int, object] = {_key(t): None for t in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
+        self.ops += not func.is_view
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)
@@ -109,7 +112,7 @@ def trace_step(
             with saved, torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
                 loss = method(data, rng).loss
             loss.backward()
-    return StepMemory(saved.bytes, live.peak)
+    return StepMemory(saved.bytes, live.peak, live.ops)
 
 
 def _shard(parameter: Tensor, live: Live, share: float) -> None:

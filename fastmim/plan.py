@@ -12,7 +12,7 @@ import torch
 from fastmim.config import ConfigError, TrainConfig, nearest
 from fastmim.engine.base import choose
 from fastmim.flops import training_flops
-from fastmim.memory import Policy, trace_step
+from fastmim.memory import Policy, StepMemory, trace_step
 from fastmim.methods import base as methods
 from fastmim.roofline import (
     COPY_SHARE,
@@ -26,6 +26,7 @@ from fastmim.roofline import (
     compute_seconds,
     gradient_share,
     optimizer_seconds,
+    start_seconds,
     state_bytes,
     step_time,
     traffic,
@@ -99,7 +100,7 @@ def make_plan(config: TrainConfig, cluster: Cluster, efficiency: float = 1.0, wh
     }
     joins = method.mixes_images and method.can_represent() and config.contrast_batch == "step" and config.accumulate > 1
     again = sum(t.forward for t in flops.terms if joins and t.name.partition(":")[0] in REPRESENTED)
-    load = load_of(method, flops.training + again, micro, config.accumulate, steps[1.0, "none"].saved)
+    load = load_of(method, flops.training + again, micro, config.accumulate, steps[1.0, "none"])
     stages = STAGES if cluster.gpus > 1 else ("single",)
     memory = {
         (stage, policy): Memory(
@@ -118,20 +119,25 @@ def make_plan(config: TrainConfig, cluster: Cluster, efficiency: float = 1.0, wh
     return Plan(config, cluster, load, flops.training, memory, times, efficiency, why, stage, choice.reason)
 
 
-def load_of(method: methods.Method, flops: float, micro_batch: int, accumulate: int, saved: float) -> Load:
-    """One process's work; the method may be on the meta device."""
+def load_of(
+    method: methods.Method, flops: float, micro_batch: int, accumulate: int = 1, step: StepMemory | None = None
+) -> Load:
+    """One process's work; the method may be on the meta device. Without a traced step, products alone take time."""
     trained = [p.numel() for p in method.parameters() if p.requires_grad]
     frozen = sum(p.numel() for p in method.parameters()) - sum(trained)
     own = (module.parameters(recurse=False) for module in method.modules())
     gathers = sum(any(p.numel() > PERSISTENT for p in parameters) for parameters in own)
-    return Load(sum(trained), frozen, micro_batch, accumulate, flops, saved, len(trained), gathers)
+    saved, ops = (step.saved, step.ops) if step else (0, 0)
+    return Load(sum(trained), frozen, micro_batch, accumulate, flops, saved, ops, len(trained), gathers)
 
 
 # ---- efficiency from measurements
 
 
-def measured(path: Path, method: str) -> tuple[Machine, float, str]:
+def measured(path: Path, method: str, precision: str) -> tuple[Machine, float, str]:
     """The machine of a results file of `fastmim bench step`, and the efficiency of our steps on it.
+
+    Points of the same method are taken if there are any, else those of all.
 
     Raises:
         ConfigError: nothing measured in it.
@@ -140,36 +146,46 @@ def measured(path: Path, method: str) -> tuple[Machine, float, str]:
         records = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as e:
         raise ConfigError(f"--measured: cannot read {path}: {e}") from e
-    ours = [r for r in records if r.get("provider") == "ours" and r.get("ms")]
+    ours = [r for r in records if r.get("provider") == "ours" and r["precision"] == precision]
     ours = [r for r in ours if r["method"] == method] or ours
     ceilings = [r for r in records if r.get("suite") == "ceiling"]
     if not ours or not ceilings:
-        raise ConfigError(f"--measured: expected results of `fastmim bench step --json {path}`, found none of ours")
+        raise ConfigError(
+            f"--measured: expected {precision} steps of ours, found none; run `fastmim bench step --json {path}`"
+        )
     known = next((m for m in MACHINES.values() if m.name in ours[0]["device"]), None)
-    best = {key: max(r[key] for r in ceilings) for key in ("matmul_tflops", "copy_gb_s")}
+    product = max(r["matmul_tflops" if precision == "bf16" else "matmul_fp32_tflops"] for r in ceilings)
+    copy = max(r["copy_gb_s"] for r in ceilings)
     machine = Machine(
-        ours[0]["device"], best["matmul_tflops"] * 1e12 / MATMUL_SHARE, known.memory if known else float("inf"),
-        best["copy_gb_s"] * 1e9 / COPY_SHARE, known.link if known else 0.0,
+        ours[0]["device"], product * 1e12 / MATMUL_SHARE, known.memory if known else math.inf, copy * 1e9 / COPY_SHARE,
+        known.link if known else 0.0, is_cpu=ours[0]["device_type"] == "cpu",
     )  # fmt: skip
-    shares = [roofline_seconds(record, machine) / (record["ms"] / 1e3) for record in ours]
-    return machine, geometric_mean(shares), f"measured: {len(ours)} points of {path}"
+    return machine, geometric_mean(efficiency(r, machine) for r in ours), f"measured: {len(ours)} points of {path}"
 
 
-def roofline_seconds(record: dict, machine: Machine) -> float:
-    """A measured point's step at the machine's ceilings."""
+def efficiency(record: dict, machine: Machine) -> float:
+    """A measured step's time at the machine's ceilings, as a share of what it took."""
     from fastmim.bench import config_of
 
     config = config_of(record)
-    alone = dataclasses.replace(config, engine="single", zero=None)
-    model = alone.model_spec()
-    saved = trace_step(
-        alone.method, model, alone.options, alone.batch_size, low_precision=record["precision"] != "fp32"
-    ).saved
+    load = alone(config)
+    at_ceilings = compute_seconds(load, machine) + optimizer_seconds(load, machine)
+    started = start_seconds(load, machine) if machine.is_cpu else 0.0
+    # Where starting operations is most of a step, a point says little about the rest.
+    return at_ceilings / max(record["ms"] / 1e3 - started, record["ms"] / 2e3)
+
+
+def alone(config: TrainConfig) -> Load:
+    """The work of one process that takes the whole batch at once."""
+    model = config.model_spec()
+    step = trace_step(
+        config.method, model, config.options, config.batch_size, low_precision=config.precision != "fp32"
+    )  # fmt: skip
     with torch.device("meta"):
-        method = methods.build(alone.method, model, alone.options, 0)
-    flops = training_flops(alone.method, model, alone.options, getattr(methods.find(alone.method), "flops", None))
-    load = load_of(method, flops.training, alone.batch_size, 1, saved)
-    return compute_seconds(load, machine) + optimizer_seconds(load, machine)
+        method = methods.build(config.method, model, config.options, 0)
+    formula = getattr(methods.find(config.method), "flops", None)
+    flops = training_flops(config.method, model, config.options, formula)
+    return load_of(method, flops.training, config.batch_size, 1, step)
 
 
 # ---- the command
@@ -211,14 +227,14 @@ def plan_command(argv: list[str]) -> None:
     if not any(token.startswith(("--preset", "--data", "--config")) for token in rest):
         rest = ["--preset", "paper", *rest]
     config = parse_train(rest)
-    machine, efficiency, why = MACHINES[own.gpu], 1.0, "an upper bound: nothing was measured (--measured FILE)"
+    machine, share, why = MACHINES[own.gpu], 1.0, "an upper bound: nothing was measured (--measured FILE)"
     if own.measured is not None:
-        found, efficiency, why = measured(own.measured, config.method)
+        found, share, why = measured(own.measured, config.method, "fp32" if config.precision == "fp32" else "bf16")
         machine = found if "--gpu" not in " ".join(argv) else machine
     if own.efficiency is not None:
-        efficiency, why = own.efficiency, "given"
+        share, why = own.efficiency, "given"
     cluster = Cluster(machine, own.gpus, own.per_node, own.network * 1e9 / 8)
-    plan = make_plan(config, cluster, efficiency, why)
+    plan = make_plan(config, cluster, share, why)
     print("\n".join(report(plan, own.images)))
 
 

@@ -1,6 +1,7 @@
 """How long a step takes and what processes send each other: formulas, with the sources of their constants.
 
-    step = (micro-batches x compute + optimizer) / efficiency + communication that nothing hides, or the host's time
+    step = (micro-batches x compute + optimizer) / efficiency + communication that nothing hides, or the host's time if
+           that is more; on a CPU, their sum
     compute = FLOPs / (0.80 x peak) + 5 x saved bytes / (0.90 x bandwidth)
 
 Efficiency is 1 where products and memory run one after the other, each at its ceiling; `fastmim plan --measured` takes
@@ -28,6 +29,10 @@ NETWORK_SHARE, COLLECTIVE_SECONDS = 0.8, 7e-6
 # What DeepSpeed's hooks cost the host per parameter tensor and micro-batch. Measured with DeepSpeed 0.19.8 on a CPU (one
 # process, 205 tiny tensors, so that nothing else takes time): 12.7, 14 and 50 ms per step over plain torch.
 HOST_SECONDS = {"ddp": 0.0, "zero 1": 62e-6, "zero 2": 68e-6, "zero 3": 244e-6}
+# What it takes a host to start an operation. On a CPU nothing else happens meanwhile: 8 us in fp32 and up to 16 under
+# autocast, from steps of CAE at 48 pixels (one thread at 2.6 GHz, 2,500 operations); the lower is taken. Where a GPU
+# computes, the host runs ahead.
+OP_SECONDS_CPU, OP_SECONDS = 8e-6, 8e-6
 # The backward pass's share of a step's compute: two of three products.
 BACKWARD_SHARE = 2 / 3
 FP32 = 4
@@ -50,6 +55,7 @@ class Machine(NamedTuple):
     """Of its memory, bytes per second."""
     link: float
     """To the other GPUs of its node, bytes per second in one direction."""
+    is_cpu: bool = False
 
 
 def _gpu(name: str, memory_gb: float, bandwidth_tb: float, link_gb: float) -> Machine:
@@ -94,6 +100,8 @@ class Load(NamedTuple):
     """Per image, forward and backward."""
     saved: float
     """Bytes saved for the backward pass by a micro-batch."""
+    ops: int = 0
+    """Operations of a micro-batch."""
     tensors: int = 0
     """Parameter tensors."""
     gathers: int = 0
@@ -137,7 +145,7 @@ def collectives(stage: str, load: Load) -> int:
 
 
 def compute_seconds(load: Load, machine: Machine) -> float:
-    """Of one micro-batch, forward and backward, at the machine's ceilings."""
+    """Of one micro-batch, forward and backward, at the machine's ceilings; without what it takes to start operations."""
     products = load.micro_batch * load.flops / (MATMUL_SHARE * machine.flops)
     return products + TRAFFIC * load.saved / (COPY_SHARE * machine.bandwidth)
 
@@ -146,6 +154,11 @@ def optimizer_seconds(load: Load, machine: Machine, share: float = 1.0) -> float
     """AdamW on a share of the parameters, and the averages of the targets."""
     moved = OPTIMIZER_BYTES * load.trained * share + AVERAGE_BYTES * load.frozen
     return moved / (COPY_SHARE * machine.bandwidth)
+
+
+def start_seconds(load: Load, machine: Machine) -> float:
+    """What the host needs to start a step's operations."""
+    return load.accumulate * load.ops * (OP_SECONDS_CPU if machine.is_cpu else OP_SECONDS)
 
 
 class StepTime(NamedTuple):
@@ -157,11 +170,13 @@ class StepTime(NamedTuple):
     exposed: float
     """Communication that computing does not hide."""
     host: float
-    """DeepSpeed's hooks, which run ahead of the GPU."""
+    """Starting operations, and DeepSpeed's hooks; a GPU computes meanwhile, a CPU cannot."""
+    is_cpu: bool = False
 
     @property
     def total(self) -> float:
-        return max(self.compute + self.optimizer + self.exposed, self.host)
+        device = self.compute + self.optimizer + self.exposed
+        return device + self.host if self.is_cpu else max(device, self.host)
 
 
 def step_time(stage: str, load: Load, cluster: Cluster, efficiency: float = 1.0) -> StepTime:
@@ -172,14 +187,17 @@ def step_time(stage: str, load: Load, cluster: Cluster, efficiency: float = 1.0)
     compute = one * load.accumulate
     sharded = stage != "ddp"
     optimizer = optimizer_seconds(load, cluster.machine, 1 / cluster.gpus if sharded else 1.0) / efficiency
+    host = start_seconds(load, cluster.machine)
     if cluster.gpus == 1:
-        return StepTime(compute, optimizer, 0.0, 0.0, 0.0)
+        return StepTime(compute, optimizer, 0.0, 0.0, host, cluster.machine.is_cpu)
     sent = sum(traffic(stage, load, cluster.gpus).values())
     latency = collectives(stage, load) * COLLECTIVE_SECONDS * math.log2(cluster.gpus)
     communication = sent / cluster.bus() + latency
     hidden = {"ddp": BACKWARD_SHARE * one, "zero 3": compute}.get(stage, 0.0)
-    host = HOST_SECONDS[stage] * load.tensors * load.accumulate
-    return StepTime(compute, optimizer, communication, max(0.0, communication - hidden), host)
+    host += HOST_SECONDS[stage] * load.tensors * load.accumulate
+    return StepTime(
+        compute, optimizer, communication, max(0.0, communication - hidden), host, cluster.machine.is_cpu
+    )  # fmt: skip
 
 
 # ---- memory

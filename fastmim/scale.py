@@ -58,7 +58,7 @@ def load(model: str, patch: int, micro_batch: int) -> Load:
     spec = config.model_spec()
     with torch.device("meta"):
         method = methods.build("mae", spec, config.options, 0)
-    return load_of(method, training_flops("mae", spec, config.options).training, micro_batch, 1, 0.0)
+    return load_of(method, training_flops("mae", spec, config.options).training, micro_batch)
 
 
 def seconds(stage: str, work: Load, gpus: int, nic: float) -> float:

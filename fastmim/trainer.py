@@ -156,6 +156,7 @@ class Trainer:
             later = checkpoint.set_aside(self.checkpoints, step)
             if later:
                 self.display.say(f"moved the later checkpoints {later} to {self.checkpoints / 'abandoned'}")
+            checkpoint.tidy(self.checkpoints, step, self.config.keep)
         self.display.say(f"resumed at step {step} of {self.total}")
 
     def _state(self) -> dict:

@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import NamedTuple
 NAMES = ("fastmim-a", "fastmim-b")
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 LOOPBACK = ("127.0.0.2", "127.0.0.3")
+# What `ip netns exec` puts in the place of files of /etc. Source: ip-netns(8).
+ETC = Path("/etc/netns")
 
 
 class Host(NamedTuple):
@@ -36,7 +39,7 @@ class Hosts:
             self._make()
             self.reason = f"network namespaces {', '.join(NAMES)} with {', '.join(ADDRESSES)}"
             self.hosts = [self._namespaced(*pair) for pair in zip(NAMES, ADDRESSES)]
-        except (subprocess.CalledProcessError, FileNotFoundError) as e:
+        except (subprocess.CalledProcessError, OSError) as e:
             self._remove()
             why = e.stderr.strip() if isinstance(e, subprocess.CalledProcessError) else e
             self.reason = f"loopback addresses {', '.join(LOOPBACK)}: no network namespaces here ({why})"
@@ -49,19 +52,24 @@ class Hosts:
             _ip("netns", "add", name)
         self._made = True
         _ip("link", "add", "fastmim0", "netns", NAMES[0], "type", "veth", "peer", "name", "fastmim0", "netns", NAMES[1])
+        known = "".join(f"{address} {name}\n" for name, address in zip(NAMES, ADDRESSES))
         for name, address in zip(NAMES, ADDRESSES):
+            (ETC / name).mkdir(parents=True)
+            (ETC / name / "hosts").write_text(f"127.0.0.1 localhost\n{known}")
             _ip("-n", name, "address", "add", f"{address}/24", "dev", "fastmim0")
             _ip("-n", name, "link", "set", "fastmim0", "up")
             _ip("-n", name, "link", "set", "lo", "up")
 
     def _namespaced(self, name: str, address: str) -> Host:
-        # A name of its own, too; nobody resolves it, which must not matter.
         renamed = ["unshare", "--uts", "sh", "-c", f'hostname {name} && exec "$@"', "sh"]
         return Host(name, address, ["ip", "netns", "exec", name, *renamed], {"GLOO_SOCKET_IFNAME": "fastmim0"})
 
     def _remove(self) -> None:
+        if shutil.which("ip") is None:
+            return
         for name in NAMES:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+            shutil.rmtree(ETC / name, ignore_errors=True)
 
     def start(self, index: int, command: list[str], env: dict[str, str], cwd: Path, log: Path) -> subprocess.Popen:
         host = self.hosts[index]

@@ -3,7 +3,7 @@ be those of the run that nobody killed, bit for bit.
 
 Half of the kills come at a random time, the others at a random passage of a fault point (see fastmim/testing/faults.py),
 most of them inside a save. Everything is drawn from the seed of the storm. `python tests/trainer/storm.py 200` runs it
-alone; the suite runs a few kills, or as many as the environment variable FASTMIM_STORM says.
+alone (names of jobs may follow); the suite runs a few kills, or as many as the environment variable FASTMIM_STORM says.
 """
 
 import random
@@ -83,23 +83,30 @@ def last_step(out: Path) -> int:
     return max(steps, default=0)
 
 
-def storm(kills: int, root: Path, seed: int = 0) -> list[Tally]:
-    """Kills so many times; raises AssertionError at the first run that is not continued or not equal."""
+def storm(kills: int, root: Path, tallies: list[Tally], seed: int = 0, jobs: list[str] | None = None) -> None:
+    """Kills so many times; raises AssertionError at the first run that is not continued or not equal.
+
+    Args:
+        tallies: are filled as it goes on.
+        jobs: names of those to run, all by default.
+    """
     rng = random.Random(seed)
     images = write_images(root / "images", 12)
     base = ["train", "--method", "mae", "--data", str(images), *TINY, "--steps", str(STEPS), "--save-every",
             str(SAVE_EVERY), "--warmup", "5", "--mae.decoder-width", "32", "--hang-after", "20"]  # fmt: skip
-    server, tallies = Server(environment(), ROOT), []
+    server = Server(environment(), ROOT)
     try:
         for name, world, flags, share in JOBS:
-            tallies.append(_storm_job(server, root, [*base, *flags], name, world, max(1, round(share * kills)), rng))
+            if jobs and name not in jobs:
+                continue
+            tallies.append(Tally(name))
+            _storm_job(server, root, [*base, *flags], tallies[-1], world, max(1, round(share * kills)), rng)
     finally:
         server.close()
-    return tallies
 
 
-def _storm_job(server, root: Path, argv: list[str], name: str, world: int, kills: int, rng) -> Tally:
-    tally, folder = Tally(name), root / re.sub(r"\W", "", name)
+def _storm_job(server: Server, root: Path, argv: list[str], tally: Tally, world: int, kills: int, rng: random.Random):
+    name, folder = tally.name, root / re.sub(r"\W", "", tally.name)
     straight, out, log = folder / "straight", folder / "run", folder / "log"
     began = time.monotonic()
     job = server.start([*argv, "--out", str(straight)], folder / "straight.log", world=world, port=free_port())
@@ -148,7 +155,7 @@ def _storm_job(server, root: Path, argv: list[str], name: str, world: int, kills
         assert not unfinished(out / "checkpoints"), "leftovers of killed saves"
         tally.runs, was_killed = tally.runs + 1, False
         if calm:
-            return tally
+            return
         shutil.rmtree(out)
 
 
@@ -173,6 +180,9 @@ def table(tallies: list[Tally], seconds: float) -> str:
 if __name__ == "__main__":
     wanted = int(sys.argv[1]) if len(sys.argv) > 1 else 200
     with tempfile.TemporaryDirectory() as scratch:
-        start = time.monotonic()
-        result = storm(wanted, Path(scratch))
-        print(table(result, time.monotonic() - start))
+        start, result = time.monotonic(), []
+        try:
+            storm(wanted, Path(scratch), result, jobs=sys.argv[2:])
+        finally:
+            # What was survived until then, if it was cut short.
+            print(table(result, time.monotonic() - start), flush=True)

@@ -114,3 +114,21 @@ def test_set_aside_moves_later_steps_and_moves_latest_back(tmp_path):
     assert checkpoint.set_aside(tmp_path, 3) == [6, 9]
     assert find(tmp_path) == (3, []) and (tmp_path / "LATEST").read_text() == "step-0000003\n"
     assert sorted(p.name for p in (tmp_path / "abandoned").iterdir()) == ["step-0000006", "step-0000009"]
+
+
+@pytest.mark.parametrize("victim", ["replace", "remove"])
+def test_tidy_finishes_a_save_that_died_after_its_rename(tmp_path, monkeypatch, victim):
+    """LATEST and the deletion of older ones come last: a run that has nothing more to save must not leave them undone."""
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    def dies(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, victim, dies)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, 3, keep=1)
+    assert find(tmp_path)[0] == 3
+    checkpoint.tidy(tmp_path, 3, keep=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["LATEST", "step-0000003"]
+    assert (tmp_path / "LATEST").read_text() == "step-0000003\n"
