@@ -52,7 +52,7 @@ train: $(VENV)/.installed
 
 test: $(VENV)/.dev
 	@echo "== pytest"
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q -n logical --dist loadfile
 
 bench: $(VENV)/.dev
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest bench -q -s

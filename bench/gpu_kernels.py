@@ -61,6 +61,11 @@ def training_sizes() -> dict[str, tuple[cases.Case, ...]]:
         "token_loss": (spec("token_loss").case(50176, 768, 8192, dtype=BF16),),
         "views": (spec("views").case((256, 3, 256, 256), window, spec("views").ALL, BF16),),
         "ema": (spec("ema").case("ViT-B_12_blocks", 12 * spec("ema").BLOCK, 0.996),),
+        "adamw": (
+            spec("adamw").case("ViT-B_12_blocks", 12 * spec("ema").BLOCK),
+            spec("adamw").case("ViT-B_12_blocks_bf16", 12 * spec("ema").BLOCK, grad=BF16, copy=BF16),
+        ),
+        "resize": (spec("resize").case((256, 3, 320, 320), window, is_normalized=True, dtype=BF16),),
     }
 
 

@@ -95,3 +95,34 @@ def ema_update(targets, onlines, momentum):
     """The loop that momentum encoders are published with."""
     for target, online in zip(targets, onlines, strict=True):
         target.mul_(momentum).add_(online, alpha=1 - momentum)
+
+
+def adamw_ema(
+    params, grads, exp_avgs, exp_avg_sqs, *, step, lr, weight_decay, grad_scale, betas=(0.9, 0.95), eps=1e-8, targets,
+    momentum, copies=None,
+):  # fmt: skip
+    """torch's fused AdamW with clipped gradients, then the moving average, then the copy, each multi-tensor."""
+    grads = torch._foreach_mul([g.float() for g in grads], grad_scale)
+    steps = [torch.tensor(float(step - 1), device=p.device) for p in params]
+    torch._foreach_add_(steps, 1)
+    torch._fused_adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=betas[0], beta2=betas[1],
+        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    pairs = [(t, p) for t, p in zip(targets, params, strict=True) if t is not None]
+    torch._foreach_lerp_(*(list(column) for column in zip(*pairs, strict=True)), 1 - momentum)
+    if copies is not None:
+        torch._foreach_copy_(copies, params)
+
+
+def random_resized_crop(images, boxes, size, *, interpolation, flip, mean, std, dtype=torch.uint8):
+    """torchvision's RandomResizedCrop, RandomHorizontalFlip and Normalize, image by image."""
+    views = []
+    for image, (left, top, width, height) in zip(images, boxes.tolist(), strict=True):
+        crop = image[None, :, top : top + height, left : left + width]
+        views.append(F.interpolate(crop.float(), size, mode=interpolation, antialias=True))
+    x = torch.cat(views).round_().clamp_(0, 255)
+    x = torch.where(flip.view(-1, 1, 1, 1), x.flip(3), x)
+    if mean is not None:
+        x = normalized(x, mean, std, dtype)
+    return x.to(dtype)

@@ -6,7 +6,7 @@ import platform
 import torch
 
 EXTRAS = {
-    "triton": "triton", "dali": "nvidia-dali-cuda130", "ffcv": "ffcv", "hf": "datasets", "eval": "scikit-learn",
+    "triton": "triton", "dali": "nvidia-dali-cuda130", "nvimgcodec": "nvidia-nvimgcodec-cu13", "ffcv": "ffcv", "hf": "datasets", "eval": "scikit-learn",
     "tensorboard": "tensorboard", "wandb": "wandb",
 }  # fmt: skip
 

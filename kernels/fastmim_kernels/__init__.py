@@ -7,10 +7,11 @@ function.
 """
 
 from .activation import bias_gelu
+from .adamw import adamw_ema
 from .block_masks import block_masking
 from .dense import linear
 from .depthwise import depthwise_patches
-from .dispatch import backends, chosen
+from .dispatch import backends, chosen, states
 from .ema import ema_update
 from .gather import gather_tokens
 from .infonce import contrastive_loss
@@ -33,6 +34,7 @@ __all__ = [
     "MaskIds",
     "Stream",
     "TokenLoss",
+    "adamw_ema",
     "add_layer_norm",
     "backends",
     "bias_gelu",
@@ -56,6 +58,7 @@ __all__ = [
     "random_words",
     "restore_tokens",
     "shift_flip_jitter",
+    "states",
     "topk_attention",
     "uniform",
     "unmix_tokens",

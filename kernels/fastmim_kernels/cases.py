@@ -27,7 +27,7 @@ class Case:
     inputs: Callable[[torch.device], Inputs]  # the same values at every call, on every device
     tolerance: float = 0.0  # largest error allowed, in units of max(1, |truth|); 0 = bit for bit
     grads: tuple[str, ...] = ()  # arguments whose gradient is compared as well
-    result: str = ""  # the argument that holds the result of an op that works in place
+    result: tuple[str, ...] = ()  # the arguments that hold the results of an op that works in place
     bytes_moved: int = 0  # least traffic: every input byte needed read once, every output byte written once
     flops: int = 0  # 1 multiply-add = 2
 
@@ -80,7 +80,7 @@ def call(function: Callable[..., Any], case: Case, inputs: Inputs) -> list[Tenso
     """Results of one call, then the gradients of their weighted sum with respect to ``case.grads``."""
     sources = [inputs[name].requires_grad_() for name in case.grads]
     returned = function(**inputs)
-    outputs = flatten(inputs[case.result] if case.result else returned)
+    outputs = flatten([inputs[name] for name in case.result] if case.result else returned)
     if not sources:
         return outputs
     # Small integer weights, exact in every dtype. Some outputs are for reading only.

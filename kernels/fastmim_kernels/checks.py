@@ -4,6 +4,7 @@ Checks look at shapes, dtypes and devices. Values are looked at on the CPU only:
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -69,6 +70,58 @@ def check_rng(rng: Tensor, ids: Tensor) -> None:
         )
 
 
+def check_tensors(name: str, tensors: Sequence[Tensor], count: int) -> None:
+    """``tensors`` must be a list of ``count`` tensors."""
+    if not isinstance(tensors, (list, tuple)):
+        raise fail(name, "a list of tensors", type(tensors).__name__, "pass a list", TypeError)
+    if len(tensors) != count:
+        raise fail(name, f"{count} tensors", len(tensors), "give one for each of the others")
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise fail(f"{name}[{i}]", "a tensor", type(tensor).__name__, "leave it out of all lists", TypeError)
+
+
+def check_integer(name: str, *values: int) -> None:
+    """Each of ``values`` must be an integer, which its range can be checked of afterwards."""
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+            raise fail(name, "an integer", repr(value), "pass an int", TypeError)
+
+
+def check_number(name: str, value: float) -> None:
+    """``value`` must be a number."""
+    if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise fail(name, "a number", repr(value), "pass a float", TypeError)
+
+
+def check_pair(name: str, pair: tuple[int, int]) -> tuple[int, int]:
+    """``pair`` must be two integers (rows, columns), and is returned."""
+    if not isinstance(pair, (tuple, list, torch.Size)) or len(pair) != 2:
+        raise fail(name, "two integers (rows, columns)", repr(pair), "pass a tuple of two", TypeError)
+    check_integer(name, *pair)
+    return pair[0], pair[1]
+
+
+def check_float_dtype(dtype: torch.dtype) -> None:
+    """``dtype`` of a result must be a floating one."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise fail("dtype", "a floating dtype", repr(dtype), "use torch.float32 or torch.bfloat16", TypeError)
+
+
+def check_constants(mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int) -> None:
+    """``mean`` and ``std``: both None, or one number per channel each, std above 0."""
+    if mean is None and std is None:
+        return
+    expected, got = f"{channels} numbers each, std > 0, or None for both", f"mean={mean}, std={std}"
+    for values in (mean, std):
+        if not isinstance(values, (tuple, list)) or len(values) != channels:
+            raise fail("mean, std", expected, got, "give one per channel, in 0..1 units")
+        for value in values:
+            check_number("mean, std", value)
+    if min(std) <= 0:
+        raise fail("mean, std", expected, got, "give one per channel, in 0..1 units")
+
+
 def check_images(
     images: Tensor,
     size: tuple[int, int] | None,
@@ -82,7 +135,7 @@ def check_images(
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise fail("images", "uint8 in 0..255 or floats in 0..1", images.dtype, "convert the images", TypeError)
     batch, channels, height, width = images.shape
-    h, w = (height, width) if size is None else size
+    h, w = (height, width) if size is None else check_pair("size", size)
     if not (1 <= h <= height and 1 <= w <= width):
         raise fail(
             "size",
@@ -99,20 +152,13 @@ def check_images(
                 raise fail("offset", expected, f"{low}..{high}", "draw it inside the master image")
     if flip is not None:
         check_like("flip", flip, (batch,), torch.bool, images.device)
-    if (mean is None) != (std is None):
-        raise fail("mean, std", "both or neither", f"mean={mean}, std={std}", "give both")
-    if mean is not None and (len(mean) != channels or len(std) != channels or min(std) <= 0):
-        raise fail(
-            "mean, std",
-            f"{channels} numbers each, std > 0",
-            f"mean={mean}, std={std}",
-            "give one per channel, in 0..1 units",
-        )
+    check_constants(mean, std, channels)
     return h, w
 
 
 def check_patches(h: int, w: int, patch_size: int) -> int:
     """The number of patches of an (h, w) image; ``patch_size`` must divide both sides."""
+    check_integer("patch_size", patch_size)
     if patch_size < 1 or h % patch_size or w % patch_size:
         raise fail("patch_size", f"a divisor of the image sides {h}x{w}", patch_size, "change patch_size or size")
     return (h // patch_size) * (w // patch_size)
@@ -120,6 +166,7 @@ def check_patches(h: int, w: int, patch_size: int) -> int:
 
 def check_positive(name: str, value: float) -> None:
     """``value`` must be finite and above 0."""
+    check_number(name, value)
     # Not math.isfinite, which torch.compile cannot trace where a float is dynamic.
     if not 0 < value < math.inf:
         raise fail(name, "a finite number above 0", value, f"correct {name}")

@@ -151,3 +151,19 @@ def backends() -> dict[str, tuple[bool, str]]:
         else:
             found[backend] = (True, "; ".join([f"ops: {', '.join(ready)}", *broken]))
     return found
+
+
+def states() -> dict[str, str]:
+    """Op -> what computes it on CPU and on CUDA tensors, with the reason where that is the reference, or nothing."""
+    found = {}
+    for op in ops():
+        parts = []
+        for backend, device_type in DEVICES.items():
+            try:
+                name = backend_of(op, device_type)
+                reason = load(op, backend) if name == "reference" else ""
+            except RuntimeError as e:
+                name, reason = "none", str(e)
+            parts.append(f"{device_type} {name}" + f" ({reason})" * bool(reason))
+        found[op] = "; ".join(parts)
+    return found

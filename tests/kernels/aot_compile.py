@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for GPUs that are absent, in the configurations that the ops launch, and prints a table.
 
-    python tests/kernels/aot_compile.py [--archs sm_80,sm_90] [--ops gather,...] [--json FILE]
+    python tests/kernels/aot_compile.py [--archs sm_80,sm_90] [--ops gather,...] [--first] [--json FILE]
     python tests/kernels/aot_compile.py --archs sm_80,sm_90,sm_100 --json bench/results/aot.json    (what is committed)
 
 Each op is called on the tensors of its BENCH cases and of its small cases in bfloat16, on torch's meta device, forward
@@ -79,11 +79,13 @@ class OnAbsentGPU(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def recording(kernels: list):
-    """Compile instead of launching, and note what was compiled."""
+def recording(kernels: list, known: set[str]):
+    """Compile instead of launching, and note what was compiled; kernels whose names are known are left out."""
     original = JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
+        if self.fn.__name__ in known:
+            return
         kernels.append((self.fn.__name__, original(self, *args, grid=(1,), warmup=True, **kwargs)))
 
     JITFunction.run = compile_only
@@ -118,10 +120,11 @@ def machine_code(cubin: bytes) -> dict[str, object]:
     }
 
 
-def compile_op(op: str, arch: str, only: str = "") -> list[dict[str, object]]:
-    """One row per kernel and configuration of an op."""
+def compile_op(op: str, arch: str, only: str = "", is_first: bool = False) -> list[dict[str, object]]:
+    """One row per kernel and configuration of an op, or per kernel, its first configuration."""
     driver.set_active(AbsentGPU(arch))
     rows, seen = [], set()
+    known: set[str] = set()
     small, large = cases.load(op)
     for case in (*large, *(case for case in small if "bfloat16" in case.name)):
         if only not in case.name:
@@ -130,12 +133,14 @@ def compile_op(op: str, arch: str, only: str = "") -> list[dict[str, object]]:
         error = ""
         try:
             # Triton prints the whole PTX where ptxas fails.
-            with recording(kernels), OnAbsentGPU(op), contextlib.redirect_stdout(io.StringIO()):
+            with recording(kernels, known), OnAbsentGPU(op), contextlib.redirect_stdout(io.StringIO()):
                 cases.call(cases.public(case), case, case.inputs(torch.device("meta")))
         except Exception as e:
             lines = [line.strip() for line in str(e).splitlines() if line.strip()]
             error = f"{type(e).__name__}: {' | '.join(lines[-3:])[:400]}"
             rows.append({"op": op, "case": case.name, "kernel": "", "arch": arch, "error": error})
+        if is_first:
+            known |= {name for name, _ in kernels}
         for name, kernel in kernels:
             if kernel.hash in seen:
                 continue
@@ -150,6 +155,7 @@ def main() -> None:
     parser.add_argument("--archs", default="sm_80,sm_90")
     parser.add_argument("--ops", default="", help="default: every op that has a kernel.py")
     parser.add_argument("--only", default="", help="only cases whose name contains this")
+    parser.add_argument("--first", action="store_true", help="only the first configuration of each kernel")
     parser.add_argument("--json", default="")
     options = parser.parse_args()
 
@@ -164,7 +170,12 @@ def main() -> None:
         if options.ops
         else [op for op in dispatch.ops() if (package / op / "kernel.py").exists()]
     )
-    rows = [row for arch in options.archs.split(",") for op in ops for row in compile_op(op, arch, options.only)]
+    rows = [
+        row
+        for arch in options.archs.split(",")
+        for op in ops
+        for row in compile_op(op, arch, options.only, options.first)
+    ]
     for row in rows:
         print(" ".join(f"{key}={value}" for key, value in row.items()), file=sys.stderr)
     if options.json:

@@ -18,6 +18,8 @@ def sources_hash(op: str) -> str:
         name = names.pop()
         texts[name] = (PACKAGE / name / "kernel.py").read_text()
         names += [other for other in re.findall(r"from \.\.(\w+)\.kernel import", texts[name]) if other not in texts]
+    constants = json.loads((PACKAGE / "tuned" / "default.json").read_text())
+    texts["tuned"] = json.dumps({name: constants[name] for name in sorted(texts) if name in constants})
     texts["spec"] = (PACKAGE / op / "spec.py").read_text()
     return hashlib.sha256("\0".join(texts[name] for name in sorted(texts)).encode()).hexdigest()[:16]
 

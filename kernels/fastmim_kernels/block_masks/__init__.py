@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_rng, fail
+from ..checks import check_integer, check_number, check_pair, check_rng, fail
 from ..masks import MAX_PATCHES, MaskIds
 from ..registration import define
 
@@ -51,13 +51,19 @@ def block_masking(
         trying on and on.
     """
     check_rng(rng, ids)
-    h, w = grid
+    h, w = check_pair("grid", grid)
+    check_integer("num_masked", num_masked)
+    check_integer("min_block", min_block)
     if not (h >= 1 and w >= 1 and h * w <= MAX_PATCHES):
         raise fail("grid", f"at least 1x1 and at most {MAX_PATCHES} patches", f"{h}x{w}", "correct the grid")
     if not 1 <= num_masked < h * w:
         raise fail("num_masked", f"1..{h * w - 1}", num_masked, "correct the mask ratio; something must stay visible")
     if min_block < 1:
         raise fail("min_block", "at least 1 patch", min_block, "correct min_block")
+    if not isinstance(aspect, (tuple, list)) or len(aspect) != 2:
+        raise fail("aspect", "two numbers", repr(aspect), "pass (lowest, highest)", TypeError)
+    for end in aspect:
+        check_number("aspect", end)
     if not 0 < aspect[0] <= aspect[1] < float("inf"):
         raise fail("aspect", "0 < lowest <= highest", aspect, "correct aspect")
     is_too_large = ids.device.type == "cuda" and h * w > MAX_HELD

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_ids, check_rank, fail
+from ..checks import check_ids, check_pair, check_rank, fail
 from ..registration import define
 
 __all__ = ["depthwise_patches"]
@@ -30,7 +30,8 @@ def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tenso
     check_rank("weight", weight, "(C, 1, k, k)")
     check_rank("bias", bias, "(C,)")
     batch, keep, side, other, width = x.shape
-    count = grid[0] * grid[1]
+    h, w = check_pair("grid", grid)
+    count = h * w
     if side != other or not x.is_floating_point():
         raise fail("x", "floats (B, K, s, s, C)", f"{x.dtype} {tuple(x.shape)}", "give square patches", TypeError)
     if ids is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import fail
+from ..checks import check_number, check_tensors, fail
 from ..registration import define
 
 __all__ = ["ema_update"]
@@ -27,10 +27,8 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: f
     Raises: ValueError for lists, shapes or devices that differ or momentum out of range; TypeError for other dtypes.
     Source: He et al., "MoCo", arXiv 1911.05722, eq. 2; theta_t = m theta_t + (1 - m) theta_o.
     """
-    if len(targets) != len(onlines):
-        raise fail(
-            "onlines", f"{len(targets)} tensors like targets", len(onlines), "pair every target with its online tensor"
-        )
+    check_tensors("targets", targets, len(targets) if isinstance(targets, (list, tuple)) else 0)
+    check_tensors("onlines", onlines, len(targets))
     for i, (t, o) in enumerate(zip(targets, onlines, strict=True)):
         if t.shape != o.shape or t.device != o.device:
             got = f"{tuple(o.shape)} on {o.device}"
@@ -48,8 +46,10 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: f
     if isinstance(momentum, Tensor):
         if momentum.ndim:
             raise fail("momentum", "a number or a 0-dimensional tensor", tuple(momentum.shape), "pass one value")
-    elif not 0 <= momentum <= 1:
-        raise fail("momentum", "a number in [0, 1]", momentum, "correct the schedule")
+    else:
+        check_number("momentum", momentum)
+        if not 0 <= momentum <= 1:
+            raise fail("momentum", "a number in [0, 1]", momentum, "correct the schedule")
     if not targets:
         return
     # Tensors of float64 are left to the reference inside.

@@ -10,10 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv
+from ..tuning import tuned
 from . import reference
 
-# Values per program.
-BLOCK = 2048
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -71,13 +70,14 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], weight: Ten
             groups[o.dtype].append((t, o))
         else:
             others.append((t, o))
+    block = tuned("ema")["BLOCK"]
     for dtype, pairs in groups.items():
         target_at, online_at = (tuple(t.data_ptr() for t in tensors) for tensors in zip(*pairs, strict=True))
         sizes = tuple(t.numel() for t, _ in pairs)
         table = address_table((*target_at, *online_at, *sizes), weight.device)
         is_aligned = all(address % 16 == 0 for address in (*target_at, *online_at))
-        ema_kernel[(cdiv(max(sizes), BLOCK), len(pairs))](
-            table, weight, len(pairs), ONLINE=DTYPES[dtype], ALIGNED=is_aligned, BLOCK=BLOCK, num_warps=4
+        ema_kernel[(cdiv(max(sizes), block), len(pairs))](
+            table, weight, len(pairs), ONLINE=DTYPES[dtype], ALIGNED=is_aligned, BLOCK=block, num_warps=4
         )
     if others:
         reference.ema_update(*zip(*others, strict=True), 1 - weight.double())

@@ -21,7 +21,7 @@ def case(
 
     count = sum(torch.Size(shape).numel() for shape in shapes)
     return Case(
-        name, "ema_update", make, 1e-6, result="targets", bytes_moved=count * (8 + online.itemsize), flops=3 * count
+        name, "ema_update", make, 1e-6, result=("targets",), bytes_moved=count * (8 + online.itemsize), flops=3 * count
     )
 
 

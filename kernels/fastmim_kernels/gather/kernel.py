@@ -6,10 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, next_power_of_2, row_config
+from ..tuning import tuned
 from . import allocate, allocate_backward
-
-# Rows of the gradient that one program looks up and writes.
-ROWS = 4
 
 
 @triton.jit
@@ -66,10 +64,11 @@ def gather_tokens_backward(grad: Tensor, ids: Tensor, length: int) -> Tensor:
     batch, keep, width = grad.shape
     out = allocate_backward(grad, ids, length)
     if out.numel():
-        config = row_config(width, grad.element_size() * ROWS)
-        grid = (batch * cdiv(length, ROWS), cdiv(width, config["BLOCK"]))
+        rows = tuned("gather")["ROWS"]
+        config = row_config(width, grad.element_size() * rows)
+        grid = (batch * cdiv(length, rows), cdiv(width, config["BLOCK"]))
         block = min(next_power_of_2(keep), 128)
         scatter_kernel[grid](
-            grad, ids.contiguous(), out, keep, length, width, *grad.stride(), ROWS=ROWS, KEEP=block, **config
+            grad, ids.contiguous(), out, keep, length, width, *grad.stride(), ROWS=rows, KEEP=block, **config
         )
     return out

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_positive, check_rank, fail
+from ..checks import check_integer, check_number, check_positive, check_rank, fail
 from ..registration import define, refuse_second_derivative
 
 __all__ = ["contrastive_loss"]
@@ -39,11 +39,13 @@ def contrastive_loss(
         raise fail(
             "q, k", "floats on one device", f"{q.dtype} on {q.device}, {k.dtype} on {k.device}", "move or convert them"
         )
+    check_integer("offset", offset)
     if not 0 <= offset <= k.shape[0] - q.shape[0]:
         raise fail(
             "offset", f"0..{k.shape[0] - q.shape[0]} (N - B)", offset, "pass rank * B, with k gathered from all ranks"
         )
     check_positive("temperature", temperature)
+    check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing < 1:
         raise fail("label_smoothing", "a number in [0, 1)", label_smoothing, "correct label_smoothing")
     if dispatch.uses_reference("infonce", q.device, q, k):

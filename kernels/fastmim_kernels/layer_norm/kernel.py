@@ -9,12 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, next_power_of_2
+from ..tuning import tuned
 from . import allocate, allocate_backward
-
-# Values that a program reads at once in the forward and in the backward pass.
-FORWARD_VALUES, BACKWARD_VALUES = 4096, 2048
-# Programs of the backward pass, each with its own sums, at 1024 columns: 4 per multiprocessor of an H100.
-PROGRAMS = 528
 
 
 @triton.jit
@@ -140,7 +136,7 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 def add_layer_norm(x, residual, weight, bias, scale, row_scale, eps: float, is_kept: bool) -> tuple[Tensor, ...]:
     out, h, stats = allocate(x, residual, weight, bias, scale, row_scale, eps, is_kept)
     if out.numel():
-        config = layout(x.shape[-1], FORWARD_VALUES)
+        config = layout(x.shape[-1], tuned("layer_norm")["FORWARD_VALUES"])
         rows, *strides = matrix(x)
         stream, *stream_strides = matrix(residual)
         forward_kernel[(cdiv(rows.shape[0], config["ROWS"]),)](
@@ -158,8 +154,10 @@ def add_layer_norm_backward(
     x_grad, residual_grad, total = allocate_backward(grad, grad_h, h, stats, x, weight, scale, row_scale, wanted)
     width = h.shape[-1]
     count = h.numel() // width
-    config = layout(width, BACKWARD_VALUES)
-    chunk = max(1, cdiv(cdiv(count, PROGRAMS), config["ROWS"])) * config["ROWS"]
+    constants = tuned("layer_norm")
+    config = layout(width, constants["BACKWARD_VALUES"])
+    # Each program has its own sums. By default 4 programs per multiprocessor of an H100.
+    chunk = max(1, cdiv(cdiv(count, constants["PROGRAMS"]), config["ROWS"])) * config["ROWS"]
     sums = h.new_empty((cdiv(count, chunk), 3, width), dtype=torch.float32)
     if count:
         (grad, *a), (grad_h, *b), (rows, *c), (x, *d) = (matrix(t) for t in (grad, grad_h, h, x))

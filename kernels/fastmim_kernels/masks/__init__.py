@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_rng, fail
+from ..checks import check_integer, check_pair, check_rng, fail
 from ..registration import define
 
 __all__ = ["MaskIds", "cell_masking", "random_masking"]
@@ -69,7 +69,8 @@ def cell_masking(rng: Tensor, ids: Tensor, grid: tuple[int, int], cell: int, num
     Source: ZhichengHuang/CMAE cmae_vit.py ``random_masking`` (2x2 cells, 17 of 49 kept).
     """
     check_rng(rng, ids)
-    h, w = grid
+    h, w = check_pair("grid", grid)
+    check_integer("cell", cell)
     if cell < 1 or h % cell or w % cell:
         raise fail("cell", f"a divisor of the grid {h}x{w}", cell, "change the cell, the image size or the patch size")
     cells = (h // cell) * (w // cell)
@@ -80,6 +81,8 @@ def cell_masking(rng: Tensor, ids: Tensor, grid: tuple[int, int], cell: int, num
 
 
 def _check_keep(name: str, total: int, num_keep: int) -> None:
+    check_integer("num_patches", total)
+    check_integer(name, num_keep)
     if not 1 <= total <= MAX_PATCHES:
         raise fail("num_patches", f"1..{MAX_PATCHES}", total, "use larger patches")
     if not 1 <= num_keep <= total:

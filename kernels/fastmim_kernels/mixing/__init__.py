@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_images, check_like, check_patches, check_rank, check_rng, fail, is_readable
+from ..checks import (
+    check_float_dtype,
+    check_images,
+    check_integer,
+    check_like,
+    check_patches,
+    check_rank,
+    check_rng,
+    fail,
+    is_readable,
+)
 from ..masks import MAX_COUNTED, MAX_PATCHES
 from ..registration import define
 
@@ -31,6 +41,8 @@ def partition(rng: Tensor, ids: Tensor, num_patches: int, members: int) -> Tenso
     Source: MixedAE, arXiv 2303.17152 (patches of several images in one input); equal shares are our choice.
     """
     check_rng(rng, ids)
+    check_integer("num_patches", num_patches)
+    check_integer("members", members)
     if not 1 <= num_patches <= MAX_PATCHES:
         raise fail("num_patches", f"1..{MAX_PATCHES}", num_patches, "use larger patches")
     if not 1 <= members <= num_patches:
@@ -71,11 +83,11 @@ def mix_patches(
     """
     h, w = check_images(images, size, offset, flip, mean, std)
     count = check_patches(h, w, patch_size)
+    check_integer("members", members)
     if members < 1 or images.shape[0] % members:
         raise fail("images", f"a multiple of members = {members} images", images.shape[0], "change the batch size")
     _check_src(src, members, (images.shape[0] // members, count), images.device)
-    if not dtype.is_floating_point:
-        raise fail("dtype", "a floating dtype", dtype, "use torch.float32 or torch.bfloat16", TypeError)
+    check_float_dtype(dtype)
     needs_grad = images.requires_grad and torch.is_grad_enabled()
     if needs_grad or dispatch.uses_reference("mixing", images.device, images, dtype):
         return dispatch.reference("mixing").mix_patches(
@@ -108,6 +120,8 @@ def unmix_tokens(
     check_rank("mask_token", mask_token, "(D,)")
     check_rank("position", position, "(P + L, D)")
     groups, length, width = tokens.shape
+    check_integer("num_prefix", num_prefix)
+    check_integer("members", members)
     if not 0 <= num_prefix <= length:
         raise fail("num_prefix", f"0..{length}, the tokens of a mixture", num_prefix, "correct num_prefix")
     if members < 1:

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..launch import cdiv, next_power_of_2, row_config
 from ..masks.kernel import BLOCK, KEYS, drawn_place
 from ..patches.kernel import (
-    PATCHES,
     channel_constants,
     contiguous,
     normalized,
@@ -21,12 +20,11 @@ from ..patches.kernel import (
     window_of,
 )
 from ..philox import Stream
+from ..tuning import tuned
 from . import allocate_mix, allocate_partition, allocate_unmix, allocate_unmix_backward
 
-# Rows of a mixture per program of the forward pass.
-ROWS = 4
-# Mixtures per program of the backward pass, and members that it reads at a time.
-CHUNK, MEMBERS = 16, 4
+# Mixtures per program of the backward pass.
+CHUNK = 16
 
 
 @triton.jit
@@ -149,10 +147,11 @@ def mix_patches(
     out = allocate_mix(images, src, patch_size, members, mean, std, size, offset, flip, dtype)
     if out.numel():
         groups, length, _ = out.shape
-        mix_kernel[(groups * cdiv(length, PATCHES),)](
+        constants = pixel_constants(images, patch_size, mean, std)
+        mix_kernel[(groups * cdiv(length, constants["PATCHES"]),)](
             images, src.contiguous(), contiguous(offset), contiguous(flip), out,
             members, length, size[1] // patch_size, images.shape[3], *images.stride(),
-            **pixel_constants(images, patch_size, mean, std),
+            **constants,
         )  # fmt: skip
     return out
 
@@ -161,11 +160,12 @@ def unmix_tokens(tokens, mask_token, position, src, members: int, num_prefix: in
     out = allocate_unmix(tokens, mask_token, position, src, members, num_prefix)
     if out.numel():
         groups, total, width = tokens.shape
-        config = row_config(width, out.element_size() * ROWS)
+        rows = tuned("mixing")["ROWS"]
+        config = row_config(width, out.element_size() * rows)
         position = position if position.stride(1) == 1 else position.contiguous()
-        unmix_kernel[(groups * cdiv(total, ROWS), cdiv(width, config["BLOCK"]))](
+        unmix_kernel[(groups * cdiv(total, rows), cdiv(width, config["BLOCK"]))](
             tokens, mask_token.contiguous(), position, src.contiguous(), out,
-            members, total, num_prefix, width, *tokens.stride(), position.stride(0), ROWS=ROWS, **config,
+            members, total, num_prefix, width, *tokens.stride(), position.stride(0), ROWS=rows, **config,
         )  # fmt: skip
     return out
 
@@ -179,11 +179,12 @@ def unmix_tokens_backward(
     mask_sum = grad.new_empty((chunks, total, width), dtype=torch.float32)
     pos_sum = grad.new_empty((chunks if wanted[2] else 0, total, width), dtype=torch.float32)
     if grad.numel():
-        config = row_config(width, grad.element_size() * MEMBERS)
+        at_once = tuned("mixing")["MEMBERS"]
+        config = row_config(width, grad.element_size() * at_once)
         unmix_backward_kernel[(chunks * total, cdiv(width, config["BLOCK"]))](
             grad, src.contiguous(), tokens_grad if wanted[0] else None, mask_sum, pos_sum,
             groups, members, total, num_prefix, width, *grad.stride(),
-            CHUNK=CHUNK, MEMBERS=MEMBERS, WITH_POS=wanted[2], **config,
+            CHUNK=CHUNK, MEMBERS=at_once, WITH_POS=wanted[2], **config,
         )  # fmt: skip
     if wanted[1]:
         torch.sum(mask_sum, (0, 1), out=mask_grad)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_ids, check_images, check_patches, fail
+from ..checks import check_float_dtype, check_ids, check_images, check_patches
 from ..registration import define
 
 __all__ = ["patchify_gather"]
@@ -49,8 +49,7 @@ def patchify_gather(
     count = check_patches(h, w, patch_size)
     if ids is not None:
         check_ids("ids", ids, images.shape[0], count, images.device)
-    if not dtype.is_floating_point:
-        raise fail("dtype", "a floating dtype", dtype, "use torch.float32 or torch.bfloat16", TypeError)
+    check_float_dtype(dtype)
     needs_grad = images.requires_grad and torch.is_grad_enabled()
     if needs_grad or dispatch.uses_reference("patches", images.device, images, dtype):
         return dispatch.reference("patches").patchify_gather(

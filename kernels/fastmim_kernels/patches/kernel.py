@@ -9,11 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, next_power_of_2
+from ..tuning import tuned
 from . import allocate
-
-# Patches of one image that a program reads at once. What depends on the image alone is shared by them, and a thread of
-# 16x16x3 patches has 6 * PATCHES loads in flight, enough bytes under way to fill the memory's bandwidth.
-PATCHES = 4
 
 
 @triton.jit
@@ -125,7 +122,9 @@ def pixel_constants(
         "WIDE": reach >= 1 << 31,
         "P": patch_size,
         "C": channels,
-        "PATCHES": PATCHES,
+        # What depends on the image alone is shared by the patches of a program, and a thread of 16x16x3 patches has
+        # 6 * PATCHES loads in flight, enough bytes under way to fill the memory's bandwidth.
+        "PATCHES": tuned("patches")["PATCHES"],
         "BLOCK": block,
         "num_warps": max(1, min(8, block // 256)),
     }
@@ -149,8 +148,9 @@ def patchify_gather(
     out = allocate(images, ids, patch_size, mean, std, size, offset, flip, dtype)
     if out.numel():
         batch, keep, _ = out.shape
-        patchify_kernel[(batch * cdiv(keep, PATCHES),)](
+        constants = pixel_constants(images, patch_size, mean, std)
+        patchify_kernel[(batch * cdiv(keep, constants["PATCHES"]),)](
             images, contiguous(ids), contiguous(offset), contiguous(flip), out,
-            keep, size[1] // patch_size, images.shape[3], *images.stride(), **pixel_constants(images, patch_size, mean, std),
+            keep, size[1] // patch_size, images.shape[3], *images.stride(), **constants,
         )  # fmt: skip
     return out

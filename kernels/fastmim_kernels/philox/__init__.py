@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_rng, fail
+from ..checks import check_integer, check_rng, fail
 from ..registration import define
 
 __all__ = ["Stream", "random_words", "uniform"]
@@ -64,6 +64,8 @@ def uniform(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
 
 def _check(rng: Tensor, ids: Tensor, stream: int, count: int) -> None:
     check_rng(rng, ids)
+    check_integer("stream", stream)
+    check_integer("count", count)
     if not 0 <= stream <= 0xFFFF:
         raise fail("stream", "0..65535", stream, "use a member of Stream")
     if not 0 <= count <= 1 << 34:

@@ -8,10 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv
+from ..tuning import tuned
 from . import allocate_uniform, allocate_words
-
-# Blocks of four words per program.
-BLOCK = 256
 
 
 @triton.jit
@@ -54,9 +52,10 @@ def draw_kernel(rng_ptr, ids_ptr, out_ptr, count, STREAM: tl.constexpr, UNIFORM:
 
 def draw(out: Tensor, rng: Tensor, ids: Tensor, stream: int, count: int, is_uniform: bool) -> Tensor:
     if out.numel():
-        grid = (ids.shape[0] * cdiv(count, 4 * BLOCK),)
+        blocks = tuned("philox")["BLOCK"]
+        grid = (ids.shape[0] * cdiv(count, 4 * blocks),)
         draw_kernel[grid](
-            rng.contiguous(), ids.contiguous(), out, count, STREAM=stream, UNIFORM=is_uniform, BLOCK=BLOCK, num_warps=4
+            rng.contiguous(), ids.contiguous(), out, count, STREAM=stream, UNIFORM=is_uniform, BLOCK=blocks, num_warps=4
         )
     return out
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_ids, check_images, check_patches, check_rank, fail
+from ..checks import check_ids, check_images, check_number, check_patches, check_rank, fail
 from ..registration import define
 
 __all__ = ["masked_pixel_loss"]
@@ -69,6 +69,7 @@ def masked_pixel_loss(
         raise fail(
             "norm", "patches of at least 2 values", f"V = {expected[2]}", "pass norm=False: one value has no variance"
         )
+    check_number("eps", eps)
     if kind not in KINDS:
         raise fail("kind", f"one of {', '.join(KINDS)}", repr(kind), "correct kind")
     if dispatch.uses_reference("pixel_loss", pred.device, pred, images):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..launch import cdiv
 from ..patches.kernel import (
-    PATCHES,
     channel_constants,
     contiguous,
     normalized,
@@ -103,10 +102,11 @@ def launch(
     grad: Tensor | None,
 ) -> None:
     batch, masked, _ = pred.shape
-    pixel_loss_kernel[(batch * cdiv(masked, PATCHES),)](
+    constants = pixel_constants(images, patch_size, mean, std)
+    pixel_loss_kernel[(batch * cdiv(masked, constants["PATCHES"]),)](
         pred, images, ids.contiguous(), contiguous(offset), contiguous(flip), loss, upstream, grad,
         masked, size[1] // patch_size, images.shape[3], eps, *pred.stride(), *images.stride(),
-        NORM=norm, KIND=kind, **pixel_constants(images, patch_size, mean, std),
+        NORM=norm, KIND=kind, **constants,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_like, check_rank, fail, is_readable
+from ..checks import check_constants, check_like, check_pair, check_rank, fail, is_readable
 from ..registration import define
 
 __all__ = ["random_resized_crop"]
@@ -63,18 +63,16 @@ def random_resized_crop(
         if not (min(left.min(), top.min()) >= 0 and min(w.min(), h.min()) > 0 and ends.max() <= 0):
             expected = f"(left, top, width, height) inside the {height}x{width} images, not empty"
             raise fail("boxes", expected, boxes.tolist() if batch < 3 else "others", "cut them to the image")
+    size = check_pair("size", size)
     if min(size) < 1 or min(height, width) < 1:
         raise fail("size", "sides of at least 1 pixel", f"{tuple(size)} of {height}x{width}", "correct size")
     if interpolation not in FILTERS:
         raise fail("interpolation", f"one of {', '.join(FILTERS)}", repr(interpolation), "correct interpolation")
     if flip is not None:
         check_like("flip", flip, (batch,), torch.bool, images.device)
-    if (mean is None) != (std is None):
-        raise fail("mean, std", "both or neither", f"mean={mean}, std={std}", "give both")
-    if mean is not None and (len(mean) != channels or len(std) != channels or min(std) <= 0):
-        raise fail("mean, std", f"{channels} numbers each, std > 0", f"mean={mean}, std={std}", "give one per channel")
+    check_constants(mean, std, channels)
     is_level = dtype == torch.uint8 and images.dtype == torch.uint8 and mean is None
-    if not (is_level or dtype.is_floating_point):
+    if not isinstance(dtype, torch.dtype) or not (is_level or dtype.is_floating_point):
         expected = "a floating dtype, or uint8 for uint8 images without mean and std"
         raise fail("dtype", expected, dtype, "use torch.float32 or torch.bfloat16", TypeError)
     if dispatch.uses_reference("resize", images.device, images, dtype):

@@ -8,10 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv
+from ..tuning import tuned
 from . import allocate
-
-# Tile of a program: rows x columns.
-ROWS, COLUMNS = 8, 128
 
 
 @triton.jit
@@ -136,11 +134,12 @@ def random_resized_crop(
     is_level = images.dtype == torch.uint8
     # Float images are not rounded between the passes.
     between = images.new_empty((batch, channels, height, w), dtype=torch.uint8 if is_level else torch.float32)
-    constants = {"CUBIC": is_bicubic, "LEVELS": is_level, "ROWS": ROWS, "COLUMNS": COLUMNS, "num_warps": 4}
-    along_rows_kernel[(batch * channels * cdiv(height, ROWS), cdiv(w, COLUMNS))](
+    rows, columns = tuned("resize")["ROWS"], tuned("resize")["COLUMNS"]
+    constants = {"CUBIC": is_bicubic, "LEVELS": is_level, "ROWS": rows, "COLUMNS": columns, "num_warps": 4}
+    along_rows_kernel[(batch * channels * cdiv(height, rows), cdiv(w, columns))](
         images, boxes, between, channels, height, width, w, *images.stride(), **constants
     )
-    along_columns_kernel[(batch * channels * cdiv(h, ROWS), cdiv(w, COLUMNS))](
+    along_columns_kernel[(batch * channels * cdiv(h, rows), cdiv(w, columns))](
         between, boxes, flip, out, channels, height, h, w,
         SHIFT=(0.0,) * channels if mean is None else tuple(mean),
         SCALE=(1.0,) * channels if std is None else tuple(1 / s for s in std),

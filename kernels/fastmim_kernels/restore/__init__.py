@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_ids, check_rank, fail
+from ..checks import check_ids, check_integer, check_rank, fail
 from ..registration import define
 
 __all__ = ["restore_tokens"]
@@ -34,6 +34,7 @@ def restore_tokens(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tens
     batch, tokens, width = x.shape
     count = ids_restore.shape[1]
     check_ids("ids_restore", ids_restore, batch, count, x.device)
+    check_integer("num_prefix", num_prefix)
     if not 0 <= num_prefix <= tokens:
         raise fail("num_prefix", f"0..{tokens}, the tokens of x", num_prefix, "correct num_prefix")
     if tokens - num_prefix > count:

@@ -12,12 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv, row_config
+from ..tuning import tuned
 from . import allocate, allocate_backward
-
-# Rows of the result per program of the forward pass.
-ROWS = 4
-# Images that a program of the backward pass reads at a time.
-IMAGES = 4
 
 
 @triton.jit
@@ -97,12 +93,13 @@ def restore_tokens(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tens
     length = ids_restore.shape[1]
     out = allocate(x, mask_token, pos, ids_restore, num_prefix)
     if out.numel():
-        config = row_config(width, out.element_size() * ROWS)
+        rows = tuned("restore")["ROWS"]
+        config = row_config(width, out.element_size() * rows)
         pos = pos if pos.stride(1) == 1 else pos.contiguous()
-        grid = (batch * cdiv(num_prefix + length, ROWS), cdiv(width, config["BLOCK"]))
+        grid = (batch * cdiv(num_prefix + length, rows), cdiv(width, config["BLOCK"]))
         restore_kernel[grid](
             x, mask_token.contiguous(), pos, ids_restore.contiguous(), out,
-            length, tokens - num_prefix, num_prefix, width, *x.stride(), pos.stride(0), ROWS=ROWS, **config,
+            length, tokens - num_prefix, num_prefix, width, *x.stride(), pos.stride(0), ROWS=rows, **config,
         )  # fmt: skip
     return out
 
@@ -117,11 +114,12 @@ def restore_tokens_backward(
     mask_sum = grad.new_empty((chunks, total, width), dtype=torch.float32)
     pos_sum = grad.new_empty((chunks if wanted[2] else 0, total, width), dtype=torch.float32)
     if grad.numel():
-        config = row_config(width, grad.element_size() * IMAGES)
+        images = tuned("restore")["IMAGES"]
+        config = row_config(width, grad.element_size() * images)
         restore_backward_kernel[(chunks * total, cdiv(width, config["BLOCK"]))](
             grad, ids_restore.contiguous(), x_grad if wanted[0] else None, mask_sum, pos_sum,
             batch, total - num_prefix, tokens - num_prefix, num_prefix, width, *grad.stride(),
-            CHUNK=chunk, IMAGES=IMAGES, WITH_POS=wanted[2], **config,
+            CHUNK=chunk, IMAGES=images, WITH_POS=wanted[2], **config,
         )  # fmt: skip
     if wanted[1]:
         torch.sum(mask_sum, (0, 1), out=mask_grad)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_like, check_rank, fail, is_readable
+from ..checks import check_integer, check_like, check_rank, fail, is_readable
 from ..registration import define, refuse_second_derivative
 
 __all__ = ["TokenLoss", "linear_cross_entropy"]
@@ -42,20 +42,22 @@ def linear_cross_entropy(
     if x.shape[1] != weight.shape[1] or x.shape[0] == 0 or weight.shape[0] == 0:
         got = f"{tuple(x.shape)} and {tuple(weight.shape)}"
         raise fail("x, weight", "(N, D) and (V, D), not empty", got, "give both the same width")
+    if bias is not None:
+        check_rank("bias", bias, "(V,)")
     floats = [x, weight] if bias is None else [x, weight, bias]
     if any(t.device != x.device or not t.is_floating_point() for t in floats):
         got = ", ".join(f"{t.dtype} on {t.device}" for t in floats)
         raise fail("x, weight, bias", "floats on one device", got, "move or convert them")
     if bias is not None:
         check_like("bias", bias, (weight.shape[0],), bias.dtype, x.device)
-    check_like("labels", labels, (x.shape[0],), labels.dtype, x.device)
-    if labels.dtype.is_floating_point or labels.dtype.itemsize != 8:
-        raise fail("labels", "int64 class numbers", labels.dtype, "convert them with .long()", TypeError)
+    check_like("labels", labels, (x.shape[0],), torch.int64, x.device)
     if is_readable(labels):
         low, high = (int(v) for v in labels.aminmax())
         if low < 0 or high >= weight.shape[0]:
             expected = f"class numbers in 0..{weight.shape[0] - 1}"
             raise fail("labels", expected, f"{low}..{high}", "check the vocabulary", IndexError)
+    if chunk is not None:
+        check_integer("chunk", chunk)
     if chunk is not None and chunk < 1:
         raise fail("chunk", "at least 1 row", chunk, "correct chunk")
     if dispatch.uses_reference("token_loss", x.device, x, weight, bias):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_like, check_positive, check_rank, fail
+from ..checks import check_integer, check_like, check_positive, check_rank, fail
 from ..registration import define
 
 __all__ = ["topk_attention"]
@@ -51,6 +51,8 @@ def topk_attention(
         if tensor.dtype != q.dtype or not q.is_floating_point():
             raise fail(name, "floats of one dtype for q, k and v", f"{q.dtype}, {tensor.dtype}", "convert", TypeError)
     length = q.shape[2]
+    check_integer("num_prefix", num_prefix)
+    check_integer("topk", topk)
     if not 0 <= num_prefix < length:
         raise fail("num_prefix", f"0..{length - 1}, less than the {length} tokens", num_prefix, "correct num_prefix")
     if not 1 <= topk <= length - num_prefix:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_images, check_like, check_positive, fail
+from ..checks import check_float_dtype, check_images, check_like, check_positive, fail
 from ..registration import define
 
 __all__ = ["ColorJitter", "shift_flip_jitter"]
@@ -68,6 +68,9 @@ def shift_flip_jitter(
     check_images(images, size, offset, flip, mean, std)
     batch = images.shape[0]
     if jitter is not None:
+        if not isinstance(jitter, (tuple, list)) or len(jitter) != 6:
+            raise fail("jitter", "a ColorJitter or None", type(jitter).__name__, "pass its six tensors", TypeError)
+        jitter = ColorJitter(*jitter)
         check_like("jitter.apply", jitter.apply, (batch,), torch.bool, images.device)
         check_like("jitter.order", jitter.order, (batch, 4), torch.int64, images.device)
         for name in ("brightness", "contrast", "saturation", "hue"):
@@ -77,8 +80,7 @@ def shift_flip_jitter(
     if blur_sigma is not None:
         _check_amount("blur_sigma", blur_sigma, images)
         check_positive("max_blur_sigma", max_blur_sigma)
-    if not dtype.is_floating_point:
-        raise fail("dtype", "a floating dtype", dtype, "use torch.float32 or torch.bfloat16", TypeError)
+    check_float_dtype(dtype)
     size = tuple(size)
     if dispatch.uses_reference("views", images.device, images, dtype):
         return dispatch.reference("views").shift_flip_jitter(

@@ -11,13 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import cdiv
+from ..tuning import tuned
 from . import allocate
 
 # What is absent is decided when a kernel is compiled, what an image asks for when it runs: not one condition.
 # ruff: noqa: SIM102
-
-# Pixels per program.
-BLOCK = 1024
 
 
 @triton.jit
@@ -293,14 +291,15 @@ def shift_flip_jitter(
     out = allocate(images, size, dtype)
     if out.numel() == 0:
         return out
-    tiles = cdiv(h * w, BLOCK)
+    block = tuned("views")["BLOCK"]
+    tiles = cdiv(h * w, block)
     levels = 255.0 if images.dtype == torch.uint8 else 1.0
     constants = {
         "SHIFT": (0.0,) * channels if mean is None else tuple(mean),
         "SCALE": (1.0,) * channels if std is None else tuple(1 / s for s in std),
         "NORMALIZE": mean is not None,
         "C": channels,
-        "BLOCK": BLOCK,
+        "BLOCK": block,
         "num_warps": 4,
     }
     small = (offset, flip, apply, order, grey, blur_sigma)
@@ -311,7 +310,7 @@ def shift_flip_jitter(
         sums = images.new_empty((batch, tiles), dtype=torch.float32)
         mean_kernel[(batch * tiles,)](
             *window, apply, order, amounts, sums, batch, h, w, width, *images.stride(),
-            LEVELS=levels, C=channels, BLOCK=BLOCK, num_warps=4,
+            LEVELS=levels, C=channels, BLOCK=block, num_warps=4,
         )  # fmt: skip
     if blur_sigma is not None:
         copy = images.new_empty((2, *out.shape), dtype=torch.float32)

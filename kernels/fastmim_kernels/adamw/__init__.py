@@ -1,0 +1,163 @@
+"""A step of AdamW and what follows it, in one pass: clipping, moving average, low-precision copy."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..checks import check_number, check_tensors, fail
+from ..registration import define
+
+__all__ = ["adamw_ema"]
+
+Number = float | Tensor
+Some = Sequence[Tensor | None] | None
+
+
+def adamw_ema(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    *,
+    step: int | Tensor,
+    lr: Number,
+    betas: tuple[float, float] = (0.9, 0.95),
+    eps: float = 1e-8,
+    weight_decay: float = 0.05,
+    grad_scale: Number = 1.0,
+    targets: Some = None,
+    momentum: Number | None = None,
+    copies: Some = None,
+) -> None:
+    """Update parameters, both moments, moving averages and low-precision copies, in place and with no gradient.
+
+    In plain torch, for each tensor, with t the number of this step: ``g = grad * grad_scale``; ``p *= 1 - lr *
+    weight_decay``; ``m = b1 * m + (1 - b1) * g``; ``v = b2 * v + (1 - b2) * g**2``; ``p -= lr / (1 - b1**t) * m /
+    (sqrt(v / (1 - b2**t)) + eps)``; ``target += (1 - momentum) * (p - target)``; ``copy = p``.
+
+    Args:
+        params, exp_avgs, exp_avg_sqs: float32 (or float64) tensors; moments start as zeros.
+        grads: as many of the same shapes, any floating dtype.
+        step: t, from 1. step, lr, grad_scale and momentum may be 0-dimensional tensors on the device of the parameters,
+            so that a captured CUDA graph follows them.
+        betas, eps, weight_decay: of AdamW.
+        grad_scale: factor of all gradients: min(1, largest norm / norm) clips.
+        targets: float32 (or float64) moving averages, None for a parameter without one, or None for none at all.
+        momentum: of the moving averages, in [0, 1].
+        copies: tensors of any floating dtype that receive the rounded parameter, None for a parameter without one.
+
+    Raises: ValueError for lists, shapes or devices that do not fit and numbers out of range; TypeError for dtypes.
+    Source: Loshchilov, Hutter, arXiv 1711.05101; He et al., "MoCo", arXiv 1911.05722, eq. 2. Default betas and weight
+        decay: MAE, arXiv 2111.06377, table 8.
+    """
+    if not isinstance(params, (list, tuple)):
+        raise fail("params", "a list of tensors", type(params).__name__, "pass a list", TypeError)
+    targets, copies = (_some(name, t, len(params)) for name, t in (("targets", targets), ("copies", copies)))
+    _check(params, grads, exp_avgs, exp_avg_sqs, targets, copies)
+    _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, any(t is not None for t in targets))
+    # A call per kind of tensors: gradients and copies of one dtype; with target or without.
+    groups = defaultdict(list)
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, targets, copies, strict=True):
+        param, grad, _, _, target, copy = tensors
+        groups[param.dtype, grad.dtype, target is not None, None if copy is None else copy.dtype].append(tensors)
+    numbers = (lr, betas, eps, weight_decay, grad_scale, momentum)
+    with torch.no_grad():
+        for (dtype, *_), group in groups.items():
+            lists = [[t for t in column if t is not None] for column in zip(*group, strict=True)]
+            device = lists[0][0].device
+            if dtype == torch.float64 or dispatch.uses_reference("adamw", device, *lists[1][:1], *lists[5][:1]):
+                dispatch.reference("adamw").update(*lists, step, *numbers)
+            else:
+                ADAMW(*lists, step_numbers(step, *numbers, device))
+
+
+def step_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, device: torch.device) -> Tensor:
+    """(8,) float64 on ``device``: decay, grad_scale, beta1, beta2, lr / (1 - b1**t), 1 / sqrt(1 - b2**t), eps, 1 - momentum."""
+
+    def number(value: Number) -> Tensor:
+        # As a fill: a CUDA graph cannot capture a copy from the host.
+        if isinstance(value, Tensor):
+            return value.double()
+        return torch.full((), value, dtype=torch.float64, device=device)
+
+    step, lr = number(step), number(lr)
+    corrections = lr / (1 - betas[0] ** step), (1 - betas[1] ** step).rsqrt()
+    share = 1 - number(1.0 if momentum is None else momentum)
+    return torch.stack(
+        [
+            1 - lr * weight_decay,
+            number(grad_scale),
+            number(betas[0]),
+            number(betas[1]),
+            *corrections,
+            number(eps),
+            share,
+        ]
+    )
+
+
+def _some(name: str, tensors: Some, count: int) -> list[Tensor | None]:
+    if tensors is not None and not isinstance(tensors, (list, tuple)):
+        raise fail(name, "a list of tensors and None, or None", type(tensors).__name__, "pass a list", TypeError)
+    return [None] * count if tensors is None else list(tensors)
+
+
+def _check(params, grads, exp_avgs, exp_avg_sqs, targets, copies) -> None:
+    check_tensors("params", params, len(params))
+    named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    for name, tensors in named.items():
+        check_tensors(name, tensors, len(params))
+    named |= {"targets": targets, "copies": copies}
+    for name, tensors in named.items():
+        if len(tensors) != len(params):
+            raise fail(name, f"{len(params)} tensors or None", len(tensors), "give one for each parameter")
+        for i, (p, t) in enumerate(zip(params, tensors, strict=True)):
+            if t is None:
+                continue
+            what = f"{name}[{i}]"
+            if not isinstance(t, Tensor):
+                raise fail(what, "a tensor or None", type(t).__name__, "pass None for no tensor", TypeError)
+            if t.shape != p.shape or t.device != p.device or p.device != params[0].device:
+                got = f"{tuple(t.shape)} on {t.device}"
+                raise fail(what, f"{tuple(p.shape)} on {params[0].device} like params[{i}]", got, "check the order")
+            if p.dtype not in (torch.float32, torch.float64) or not t.is_floating_point():
+                got = f"{p.dtype}, {t.dtype}"
+                raise fail(f"params[{i}], {what}", "float32 parameters, floats", got, "convert them", TypeError)
+            if name not in ("grads", "copies") and t.dtype != p.dtype:
+                raise fail(what, f"{p.dtype} like params[{i}]", t.dtype, "keep moments and averages in it", TypeError)
+
+
+def _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, has_targets: bool) -> None:
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise fail("betas", "two numbers in [0, 1)", repr(betas), "pass a tuple of two", TypeError)
+    named = {"step": step, "lr": lr, "grad_scale": grad_scale, "eps": eps, "weight_decay": weight_decay}
+    for name, value in (*named.items(), ("betas", betas[0]), ("betas", betas[1]), ("momentum", momentum)):
+        if not (isinstance(value, Tensor) and name in ("step", "lr", "grad_scale", "momentum")) and value is not None:
+            check_number(name, value)
+        if value is None and name != "momentum":
+            raise fail(name, "a number", None, f"pass {name}", TypeError)
+    if not isinstance(step, Tensor) and not 1 <= step < float("inf"):
+        raise fail("step", "the number of this step, from 1", step, "count before the call")
+    if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
+        raise fail("betas", "two numbers in [0, 1)", betas, "correct betas")
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("grad_scale", grad_scale)):
+        if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
+            raise fail(name, "a finite number, 0 or more", value, f"correct {name}")
+    if has_targets and momentum is None:
+        raise fail("momentum", "a number in [0, 1] beside targets", None, "pass it")
+    if momentum is not None and not isinstance(momentum, Tensor) and not 0 <= momentum <= 1:
+        raise fail("momentum", "a number in [0, 1]", momentum, "correct the schedule")
+    for name, value in (("step", step), ("lr", lr), ("grad_scale", grad_scale), ("momentum", momentum)):
+        if isinstance(value, Tensor) and value.ndim:
+            raise fail(name, "a number or a 0-dimensional tensor", tuple(value.shape), "pass one value")
+
+
+ADAMW = define(
+    "adamw",
+    "adamw_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+    " Tensor(d!)[] targets, Tensor(e!)[] copies, Tensor numbers) -> ()",
+    lambda *arguments: None,
+)
