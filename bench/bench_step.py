@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -36,6 +37,7 @@ from fastmim.bench import config_of
 from fastmim.device import default_precision
 from fastmim.engine import base as engines
 from fastmim.flops import mfu, peak_flops, training_flops
+from fastmim.memory import micro_batches
 from fastmim.methods import base as methods
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -65,12 +67,13 @@ class Ours:
         self.batch = batch._replace(crops=tuple(c.to(DEVICE) for c in batch.crops), ids=batch.ids.to(DEVICE))
         self.rng = torch.zeros(2, dtype=torch.int64, device=DEVICE)
         self.pairs = self.method.ema_pairs()
+        self.parts = micro_batches(replace(config, precision=self.precision), self.method, 1, DEVICE)
         self.start()
 
     def start(self) -> None:
         self.engine = engines.build("single", self.method, engines.EngineSpec(
-            device=DEVICE, precision=self.precision, accumulate=1, micro_batch=self.batch_size, lr=LR,
-            weight_decay=WEIGHT_DECAY, betas=BETAS, clip=None, zero_stage=0))  # fmt: skip
+            device=DEVICE, precision=self.precision, accumulate=self.parts, micro_batch=self.batch_size // self.parts,
+            lr=LR, weight_decay=WEIGHT_DECAY, betas=BETAS, clip=None, zero_stage=0))  # fmt: skip
 
     def prepare(self) -> None:
         """What is not part of a step."""
@@ -85,9 +88,19 @@ class Ours:
         self.rng[1] += 1
 
     def step(self) -> torch.Tensor:
-        loss = self.forward()
+        """In micro-batches, as the trainer cuts it on this device."""
+        whole, losses = self.batch, []
+        size = self.batch_size // self.parts
+        for start in range(0, self.batch_size, size):
+            rows = slice(start, start + size)
+            self.batch = whole._replace(crops=tuple(c[rows] for c in whole.crops), ids=whole.ids[rows])
+            loss = self.forward()
+            losses.append(loss.detach())
+            if len(losses) < self.parts:
+                self.engine.backward(loss)
         self.finish(loss)
-        return loss.detach()
+        self.batch = whole
+        return torch.stack(losses).mean()
 
 
 class Plain(Ours):

@@ -121,6 +121,7 @@ def test_tidy_finishes_a_save_that_died_after_its_rename(tmp_path, monkeypatch, 
     """LATEST and the deletion of older ones come last: a run that has nothing more to save must not leave them undone."""
     write(tmp_path, 1)
     write(tmp_path, 2)
+
     def dies(*args):
         raise KeyboardInterrupt
 

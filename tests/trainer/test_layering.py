@@ -75,7 +75,7 @@ def is_allowed(name: str, allowed: set[str]) -> bool:
     return any(ours == a or ours.startswith(a + ".") for a in allowed)
 
 
-@pytest.mark.parametrize("pattern", RULES)
+@pytest.mark.parametrize("pattern", sorted(RULES))
 def test_imports_respect_the_layers(pattern):
     files = sorted(ROOT.glob(pattern))
     assert files, f"{pattern} matches nothing: the rule is dead"
@@ -85,7 +85,7 @@ def test_imports_respect_the_layers(pattern):
         assert not bad, f"{path.relative_to(ROOT)} imports {bad}"
 
 
-@pytest.mark.parametrize("pattern", THIRD_PARTY)
+@pytest.mark.parametrize("pattern", sorted(THIRD_PARTY))
 def test_packages_need_nothing_else(pattern):
     for path in sorted(ROOT.glob(pattern)):
         roots = {n.split(".")[0] for n in imports(path)} - set(sys.stdlib_module_names)
