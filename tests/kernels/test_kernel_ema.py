@@ -78,7 +78,7 @@ def test_empty_lists_are_accepted():
 @pytest.mark.parametrize(
     ("targets", "onlines", "momentum", "error", "message"),
     [
-        ([torch.zeros(2)], [], 0.9, ValueError, "onlines: expected 1 tensors like targets, got 0"),
+        ([torch.zeros(2)], [], 0.9, ValueError, "onlines: expected 1 tensors, got 0"),
         (
             [torch.zeros(2)],
             [torch.zeros(3)],

@@ -127,7 +127,7 @@ IMAGES = random_images(2, 3, 16, 24)
         ),
         ({"flip": torch.zeros(2)}, TypeError, "flip: expected torch.bool"),
         ({"flip": torch.zeros(3, dtype=torch.bool)}, ValueError, r"flip: expected shape \(2,\), got \(3,\)"),
-        ({"mean": MEAN}, ValueError, "mean, std: expected both or neither"),
+        ({"mean": MEAN}, ValueError, "mean, std: expected 3 numbers each"),
         ({"mean": MEAN[:1], "std": STD[:1]}, ValueError, "mean, std: expected 3 numbers each"),
         ({"mean": MEAN, "std": (1.0, 0.0, 1.0)}, ValueError, "mean, std: expected 3 numbers each, std > 0"),
         ({"ids": torch.tensor([[6], [0]])}, IndexError, r"ids: expected patch ids in 0..5, got 0..6"),

@@ -114,7 +114,7 @@ NO_IDS = torch.zeros(2, 0, dtype=torch.int64)
         ({"pred": torch.zeros(2, 5, 192).long()}, ValueError, "pred: expected floats on cpu"),
         ({"kind": "mae"}, ValueError, "kind: expected one of mse, l1, smooth_l1, got 'mae'"),
         ({"patch_size": 7}, ValueError, "patch_size: expected a divisor of the image sides 16x24"),
-        ({"std": None}, ValueError, "mean, std: expected both or neither"),
+        ({"std": None}, ValueError, "mean, std: expected 3 numbers each"),
         ({"ids_masked": torch.full((2, 5), 15)}, IndexError, "ids_masked: expected patch ids in 0..5"),
     ],
     ids=range(7),

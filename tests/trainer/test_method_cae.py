@@ -847,5 +847,5 @@ def test_cae_demo_preset_builds_and_runs():
     preset = cae.PRESETS["demo"]
     config = dataclasses.replace(TrainConfig(method="cae"), **preset.train)
     method = base.build("cae", config.model_spec(), preset.options, 0)
-    assert method.model.grid == (4, 4) and method.mask.num_masked == 8
+    assert method.model.grid == (6, 6) and method.mask.num_masked == 18
     assert method(make_batch(method, 4), make_rng()).loss.isfinite()

@@ -29,7 +29,7 @@ def run(capsys, *argv: str) -> tuple[int, str]:
     [
         (
             ["trian"],
-            "expected a command (train, knn, linear, record-tokens, pack, verify-data, replay, zero-import, demo-data, info), got trian; did you mean train?",
+            "expected a command (train, knn, linear, record-tokens, pack, verify-data, doctor, replay, zero-import, demo-data, plan, bench, tune, info), got trian; did you mean train?",
         ),
         (["train", "--batchsize", "3"], "did you mean --batch-size?"),
         (["train", "--method", "mea"], "--method: expected one of cae, cmae, icmae, mae, mixedae, simmim"),
