@@ -23,9 +23,14 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from .cores import default_workers
 from .decode import CropReader
+
+# Else torch, on a worker's death, raises in the main thread wherever that is: in the middle of a forward pass, where nobody
+# starts the worker again. Who waits for a batch finds out by itself.
+signal_handling._SIGCHLD_handler_set = True
 
 PREFETCH = 2  # finished or running requests per worker
 _AT_ONCE = 4  # answers that threads work on at the same time, at most
