@@ -23,9 +23,6 @@ namespace {
 
 jpeg::Library library;
 
-// Pillow from version 13 on begins with the vertical pass where that shrinks the height much more than the width.
-bool may_begin_down = false;
-
 struct File {
   std::unique_ptr<uint8_t[]> owned;
   Bytes bytes = {nullptr, 0};
@@ -149,6 +146,8 @@ struct Crops {
   const int* filters;    // (number)
   uint8_t* const* out;   // (number): (images, channels, height, width)
   int channels;
+  // Pillow from version 13 on begins with the vertical pass where that shrinks the height much more than the width.
+  bool may_begin_down;
 };
 
 // Start and end of what lies in 0..limit, never empty. The same as in decode.py.
@@ -196,7 +195,7 @@ Status crop(const File& file, int item, int items, const Crops& crops, Tools* to
     const size_t plane = static_cast<size_t>(crops.sizes[2 * k]) * static_cast<size_t>(crops.sizes[2 * k + 1]);
     uint8_t* out = crops.out[k] + plane * static_cast<size_t>(crops.channels) * static_cast<size_t>(item);
     const int less_high = header.height - crops.sizes[2 * k], less_wide = header.width - crops.sizes[2 * k + 1];
-    const bool is_down_first = may_begin_down && less_high > 0 && less_high > 2 * less_wide;
+    const bool is_down_first = crops.may_begin_down && less_high > 0 && less_high > 2 * less_wide;
     resample(region, tools->across[k], tools->down[k], is_down_first, &tools->workspace, out);
     for (int c = region.channels; c < crops.channels; ++c) std::memcpy(out + plane * static_cast<size_t>(c), out, plane);
   }
@@ -215,15 +214,13 @@ bool find(void* handle, const char* name, Function* function) {
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The generation of this interface; native_decode.py knows which one it speaks.
-EXPORT int fastmim_decode_version() { return 2; }
+EXPORT int fastmim_decode_version() { return 3; }
 
 EXPORT void fastmim_decode_use_instructions(int most) { fastmim::use_instructions(most); }
 
-// Binds libjpeg's functions, and sets the order of the resampler's passes: see may_begin_down. Returns null, or what is
-// missing; the text lives until the next call.
-EXPORT const char* fastmim_decode_load(const char* libjpeg, int begin_down) {
+// Binds libjpeg's functions. Returns null, or what is missing; the text lives until the next call.
+EXPORT const char* fastmim_decode_load(const char* libjpeg) {
   using namespace fastmim;
-  may_begin_down = begin_down != 0;
   void* handle = dlopen(libjpeg, RTLD_NOW | RTLD_LOCAL);
   if (!handle) return dlerror();
   jpeg::Library found;
@@ -271,11 +268,11 @@ EXPORT void* fastmim_decode_open(int count, const char* const* paths, const int*
 
 // Crops of every file whose status is 0; the status of the others stays, and their places in `out` untouched.
 EXPORT void fastmim_decode_crop(const void* batch, int number, const double* boxes, const int* sizes, const int* filters,
-                                uint8_t* const* out, int channels, int threads, int* status) {
+                                uint8_t* const* out, int channels, int begin_down, int threads, int* status) {
   using namespace fastmim;
   const std::vector<File>& files = static_cast<const Batch*>(batch)->files;
   const int count = static_cast<int>(files.size());
-  const Crops crops = {number, boxes, sizes, filters, out, channels};
+  const Crops crops = {number, boxes, sizes, filters, out, channels, begin_down != 0};
   for_each(count, threads, status, [&](int i, Tools* tools) {
     return crop(files[static_cast<size_t>(i)], i, count, crops, tools);
   });

@@ -27,7 +27,7 @@ from PIL import Image
 VARIABLE = "FASTMIM_DECODE"
 CHOICES = ("pillow", "native")
 FILTERS = ("bilinear", "bicubic", "lanczos")  # in the order of the enum Filter of csrc/decode.h
-_VERSION = 2
+_VERSION = 3
 _NO_LIMIT = 1 << 62
 _SOURCES = Path(__file__).resolve().parent.parent / "csrc"
 _BUILD_ADVICE = "build it with `python -m fastmim_pipelines.native_decode build` (needs g++ or clang++)"
@@ -52,12 +52,12 @@ Encoded = str | FileSpan | bytes | bytearray | memoryview | np.ndarray
 class NativeDecoder:
     """The library, with libjpeg bound to it. Made by `load` alone."""
 
-    def __init__(self, library: ctypes.CDLL, libjpeg: str):
-        self._library, self.libjpeg = library, libjpeg
+    def __init__(self, library: ctypes.CDLL, libjpeg: str, begins_down: bool):
+        self._library, self.libjpeg, self._begins_down = library, libjpeg, begins_down
 
     def open(self, images: Sequence[Encoded], threads: int = 1) -> NativeBatch:
         """Read files and their headers; fastest if all images are given in one way."""
-        return NativeBatch(self._library, images, threads)
+        return NativeBatch(self._library, images, threads, self._begins_down)
 
 
 class NativeBatch:
@@ -68,9 +68,10 @@ class NativeBatch:
         status: (n,) int32: 0, or why the file is left to Pillow (the enum Status of csrc/decode.h).
     """
 
-    def __init__(self, library: ctypes.CDLL, images: Sequence[Encoded], threads: int):
+    def __init__(self, library: ctypes.CDLL, images: Sequence[Encoded], threads: int, begins_down: bool):
         count = len(images)
-        self._library, self._threads, self._images = library, threads, images  # keeps the bytes alive
+        self._library, self._threads, self._begins_down = library, threads, begins_down
+        self._images = images  # keeps the bytes alive
         self.widths, self.heights, self.status = (np.zeros(count, np.int32) for _ in range(3))
         paths = descriptors = offsets = sizes = data = raw_sizes = None
         if all(isinstance(image, str) for image in images):
@@ -120,8 +121,8 @@ class NativeBatch:
         kinds = np.array([FILTERS.index(name) for name in filters], np.int32)
         places = (ctypes.c_void_p * len(out))(*(array.ctypes.data for array in out))
         self._library.fastmim_decode_crop(
-            self._handle, len(out), _address(boxes), _address(sizes), _address(kinds), places, channels, self._threads,
-            _address(self.status),
+            self._handle, len(out), _address(boxes), _address(sizes), _address(kinds), places, channels,
+            self._begins_down, self._threads, _address(self.status),
         )  # fmt: skip
 
     def __enter__(self) -> NativeBatch:
@@ -184,20 +185,20 @@ def _load(path: str, libjpeg: str) -> tuple[NativeDecoder | None, str]:
     except (OSError, AttributeError) as e:
         return None, f"{path} cannot be loaded ({e}); {_BUILD_ADVICE}"
     pointer, number = ctypes.c_void_p, ctypes.c_int
-    library.fastmim_decode_load.argtypes = [ctypes.c_char_p, number]
+    library.fastmim_decode_load.argtypes = [ctypes.c_char_p]
     library.fastmim_decode_load.restype = ctypes.c_char_p
     library.fastmim_decode_open.argtypes = [number, *[pointer] * 6, ctypes.c_int64, number, *[pointer] * 3]
     library.fastmim_decode_open.restype = pointer
-    library.fastmim_decode_crop.argtypes = [pointer, number, *[pointer] * 4, number, number, pointer]
+    library.fastmim_decode_crop.argtypes = [pointer, number, *[pointer] * 4, number, number, number, pointer]
     library.fastmim_decode_crop.restype = None
     library.fastmim_decode_close.argtypes = [pointer]
     library.fastmim_decode_close.restype = None
-    decoder = NativeDecoder(library, libjpeg)
+    why_not = library.fastmim_decode_load(os.fsencode(libjpeg))
+    if why_not is not None:
+        return None, f"{libjpeg} cannot be used ({why_not.decode(errors='replace')})"
     # Pillow 13 changed the order of the resampler's passes for some shapes: take the order that gives its pixels.
-    for begins_down in (1, 0):
-        why_not = library.fastmim_decode_load(os.fsencode(libjpeg), begins_down)
-        if why_not is not None:
-            return None, f"{libjpeg} cannot be used ({why_not.decode(errors='replace')})"
+    for begins_down in (True, False):
+        decoder = NativeDecoder(library, libjpeg, begins_down)
         if _equals_pillow(decoder):
             return decoder, ""
     return None, f"its pixels differ from those of Pillow {PIL.__version__} on this machine"

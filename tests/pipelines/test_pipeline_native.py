@@ -457,6 +457,7 @@ def test_load_tells_what_is_wrong(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         patch.setattr(native_decode, "_equals_pillow", lambda decoder: False)
         assert "its pixels differ from those of Pillow" in reload()[1]
+    assert native_decode._equals_pillow(DECODER), "a decoder in use changed when another was tried"
     (tmp_path / "_decode.so").write_bytes(b"not a library")
     monkeypatch.setattr("fastmim_pipelines.__path__", [str(tmp_path)])
     assert "cannot be loaded" in reload()[1]
