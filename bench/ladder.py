@@ -8,16 +8,18 @@
 Each method is trained by the command that a user would type, with its `demo` preset but one encoder and one length for
 all, and its exported encoder is measured by k-NN and by a linear probe, both on the mean over the patch tokens, each
 channel with mean 0 and deviation 1 over the training images: a masked encoder's features have a few channels so large that
-a cosine sees nothing else. Rows above them: an encoder with random weights, and plain pixels. Writes Markdown, and JSON with the same numbers and every run's command beside it. A method that fails
-is a row that says why; then the exit code is 1.
+a cosine sees nothing else. Rows above them: an encoder with random weights, and plain pixels. Writes Markdown, and JSON with
+the same numbers and every run's command beside it. A method that fails is a row that says why; then the exit code is 1.
+
+So small an encoder gains little from a second thread: on a CPU, as many trainings run at a time as there are cores.
 
 It compares what the methods learn here in minutes, from images that are no photographs: not how good they are.
 """
 
 import argparse
-import importlib.metadata
 import json
-import platform
+import os
+import queue
 import shlex
 import statistics
 import subprocess
@@ -26,9 +28,11 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from ladder_table import Row, markdown, provenance, write
 
 ROOT = Path(__file__).resolve().parents[1]
 # As `pip install -e .` would; harmless after it.
@@ -39,31 +43,12 @@ from fastmim.boot import prepare_process  # noqa: E402
 DEMO_DATA = Path("data/demo")
 # Steps that measure the speed for --minutes-per-method.
 TRIAL_STEPS = 60
-PACKAGES = ("torch", "numpy", "pillow", "safetensors")
+# Set for this process by its start; a training finds its own.
+OURS = ("OMP_NUM_THREADS", "MASTER_PORT")
 
 
 class LadderError(Exception):
     """Something the user can mend: printed as one line."""
-
-
-@dataclass
-class Row:
-    """One run, or one of the two baselines."""
-
-    name: str
-    seed: int | None = None
-    command: str = ""
-    error: str = ""
-    losses: dict[str, float] = field(default_factory=dict)
-    """Terms of the loss over the last log interval."""
-    knn_top1: float | None = None
-    linear_top1: float | None = None
-    linear_weight_decay: float | None = None
-    epochs: float | None = None
-    images_seen: int | None = None
-    images_per_s: float | None = None
-    seconds: float | None = None
-    """Of the training process, from its start to its end."""
 
 
 # ---- data
@@ -192,7 +177,8 @@ def run(command: list[str], out: Path) -> list[dict]:
     Raises:
         LadderError: with the process's own words, if it fails.
     """
-    done = subprocess.run(command, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name not in OURS}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()] or ["nothing on stderr"]
         errors = [line for line in said if line.startswith("error: ")]
@@ -236,96 +222,6 @@ def _batch_size(out: Path) -> int:
     return yaml.safe_load((out / "config.yaml").read_text())["batch_size"]
 
 
-# ---- the table
-
-
-def provenance(args: argparse.Namespace, argv: list[str], ruler: Ruler) -> dict:
-    """What one needs to repeat the table."""
-    import torch
-
-    from fastmim import __version__
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else "unknown"
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    is_cpu = ruler.device.type == "cpu"
-    device = f"CPU, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
-    return {
-        "command": shlex.join(["python", "bench/ladder.py", *argv]),
-        "commit": git("rev-parse", "--short", "HEAD") + (" with local changes" if changes not in ("", "unknown") else ""),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": device if is_cpu else torch.cuda.get_device_name(ruler.device),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "precision": ruler.precision,
-        "versions": {
-            "fastmim": __version__, "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        "encoder": f"{args.model}/{args.patch_size} at {' x '.join(map(str, ruler.model.image_size))}",
-        "train_images": len(ruler.train),
-        "val_images": len(ruler.val),
-        "classes": len(ruler.train.classes),
-        "seeds": args.seeds,
-    }  # fmt: skip
-
-
-def markdown(about: dict, rows: list[Row]) -> str:
-    """The table, rows of one method and several seeds joined."""
-    n = len(about["seeds"])
-    spread = f", n = {n} seeds: mean (lowest to highest)" if n > 1 else ", n = 1"
-    error = 100 * (0.25 / about["val_images"]) ** 0.5
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    lines = [
-        f"# Ladder of methods, {about['date']}",
-        "",
-        f"`{about['command']}`",
-        "",
-        f"Commit {about['commit']}; {about['device']}, {about['machine']}, {about['precision']}; {versions}.",
-        f"Encoder {about['encoder']}; {about['train_images']} training and {about['val_images']} validation images of "
-        f"{about['classes']} classes (chance {100 / about['classes']:.1f} %; standard error of an accuracy at most "
-        f"{error:.1f} points){spread}.",
-        "",
-        "| method | loss at the end | k-NN % | linear % | epochs | images seen | images/s | minutes |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in dict.fromkeys(row.name for row in rows):
-        group = [row for row in rows if row.name == name]
-        failed = [row for row in group if row.error]
-        good = [row for row in group if not row.error]
-        if good:
-            losses = ", ".join(f"{part} {_mean([r.losses[part] for r in good], '.4f')}" for part in good[0].losses)
-            cells = [
-                losses,
-                _mean([r.knn_top1 for r in good], ".1f", 100),
-                _mean([r.linear_top1 for r in good], ".1f", 100),
-                _mean([r.epochs for r in good], "g"),
-                _mean([r.images_seen for r in good], ".0f"),
-                _mean([r.images_per_s for r in good], ".0f"),
-                _mean([r.seconds for r in good], ".1f", 1 / 60),
-            ]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        for row in failed:
-            lines.append(f"| {name} | **failed** (seed {row.seed}): {_one_cell(row.error)} |  |  |  |  |  |  |")
-    return "\n".join(lines) + "\n"
-
-
-def _mean(values: list[float | None], style: str, scale: float = 1.0) -> str:
-    """Mean, and the range where there is more than one value; nothing for a row without such a value."""
-    if not values or None in values:
-        return ""
-    scaled = [scale * v for v in values]
-    text = format(statistics.fmean(scaled), style)
-    if max(scaled) > min(scaled):
-        text += f" ({min(scaled):{style}} to {max(scaled):{style}})"
-    return text
-
-
-def _one_cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")[:300]
-
-
 # ---- the command
 
 
@@ -343,6 +239,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--image-size", nargs="+", type=int, default=[48])
     parser.add_argument("--patch-size", type=int, default=8)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--jobs", type=int, help="trainings at a time; default: one per core on a CPU, else 1")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--workers", type=int, help="decoding processes; default: from the cores at hand")
     parser.add_argument("--out", type=Path, help="default: bench/results/ladder-<date>.md")
@@ -358,25 +255,45 @@ def ladder(argv: list[str]) -> int:
     if unknown:
         raise LadderError(f"--methods: expected some of {', '.join(available())}, got {', '.join(unknown)}.")
     out = args.out or ROOT / "bench" / "results" / f"ladder-{time.strftime('%Y-%m-%d')}.md"
+    began = time.perf_counter()
     with image_folders(args.data, args.val_data) as folders, tempfile.TemporaryDirectory(prefix="ladder-") as scratch:
         ruler = Ruler(*folders, args)
-        rows = ruler.baselines(args.seeds[0])
-        about = provenance(args, argv, ruler)
-        for method in args.methods or available():
-            for seed in args.seeds:
-                print(f"{method}, seed {seed} ...", flush=True)
-                rows.append(train_method(method, seed, Path(scratch), args, ruler))
+        runs = [(method, seed) for method in args.methods or available() for seed in args.seeds]
+        shares = core_shares(args.jobs or (len(runs) if ruler.device.type == "cpu" else 1))
+        rows, about = ruler.baselines(args.seeds[0]), provenance(args, argv, ruler, shares)
+        free: queue.SimpleQueue = queue.SimpleQueue()
+        for share in shares:
+            free.put(share)
+
+        def train(run: tuple[str, int]) -> Row:
+            import torch
+
+            # Both are this thread's, and the affinity is that of the processes that it starts, too.
+            os.sched_setaffinity(0, free.get_nowait())
+            torch.set_num_threads(len(shares[0]))
+            print("{}, seed {} ...".format(*run), flush=True)
+            try:
+                return train_method(*run, Path(scratch), args, ruler)
+            finally:
+                free.put(os.sched_getaffinity(0))
+
+        with ThreadPoolExecutor(len(shares)) as pool:
+            for row in pool.map(train, runs):
+                rows.append(row)
                 write(out, about, rows)
+    about["seconds"] = time.perf_counter() - began
+    write(out, about, rows)
     print(markdown(about, rows))
     print(f"written: {out} and {out.with_suffix('.json')}")
     return 1 if any(row.error for row in rows) else 0
 
 
-def write(out: Path, about: dict, rows: list[Row]) -> None:
-    """Both files, after every row: an interrupted ladder keeps what it has."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(markdown(about, rows))
-    out.with_suffix(".json").write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+def core_shares(jobs: int) -> list[list[int]]:
+    """The cores at hand in as many equal shares as there are trainings at a time."""
+    cores = sorted(os.sched_getaffinity(0))
+    jobs = max(1, min(jobs, len(cores)))
+    size = len(cores) // jobs
+    return [cores[i * size : (i + 1) * size] for i in range(jobs)]
 
 
 def main(argv: list[str]) -> int:

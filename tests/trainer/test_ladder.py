@@ -1,6 +1,7 @@
 """The ladder of methods, as a process: baselines, two methods, an archive, a row that fails."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -74,6 +75,17 @@ def test_ladder_shows_a_failing_method_and_goes_on(images, tmp_path):
     assert "**failed** (seed 0): exit code 2" in cells(out.read_text(), "mae")[1]
     assert cmae["error"] == "" and cmae["knn_top1"] is not None
     assert set(cmae["losses"]) == {"pixel", "contrast"}
+    assert f"the whole table took {found['seconds'] / 60:.1f}." in out.read_text()
+
+
+def test_trainings_share_the_cores(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from ladder import core_shares
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 6, 7, 9})
+    assert core_shares(1) == [[3, 5, 6, 7, 9]]
+    assert core_shares(2) == [[3, 5], [6, 7]]
+    assert core_shares(12) == [[3], [5], [6], [7], [9]]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +117,7 @@ def test_ladder_says_what_is_wrong_in_one_line(arguments, words, images, tmp_pat
 
 def test_several_seeds_give_mean_and_range(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    from ladder import Row, markdown
+    from ladder_table import Row, markdown
 
     def row(seed, knn):
         return Row("mae", seed, losses={"pixel": 0.5}, knn_top1=knn, linear_top1=0.25, epochs=2.0, images_seen=64,
