@@ -171,6 +171,14 @@ def train_command(method: str, seed: int, length: list[str], out: Path, data: st
     ]  # fmt: skip
 
 
+def told(command: list[str], out: Path, args: argparse.Namespace) -> str:
+    """The command as one would type it, without this machine's folders; an archive stands for what it unpacks to."""
+    data = str(args.data or DEMO_DATA / "train")
+    names = {command[0]: "python", command[1]: "fastmim/train.py", str(out): f"runs/{out.name}"}
+    names[command[command.index("--data") + 1]] = data
+    return shlex.join(names.get(word, word) for word in command)
+
+
 def run(command: list[str], out: Path) -> list[dict]:
     """Runs one training process to its end and returns its metrics.
 
@@ -199,7 +207,7 @@ def train_method(method: str, seed: int, scratch: Path, args: argparse.Namespace
             speed = max(r["images_per_s"] for r in records if "loss" in r)
             length = ["--epochs", f"{max(1, 60 * args.minutes_per_method * speed / len(ruler.train)):.0f}"]
         command = train_command(method, seed, length, out, data, args)
-        row.command = shlex.join(command)
+        row.command = told(command, out, args)
         began = time.perf_counter()
         records = run(command, out)
         row.seconds = time.perf_counter() - began

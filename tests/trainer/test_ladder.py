@@ -57,6 +57,8 @@ def test_ladder_trains_from_an_archive_and_writes_both_files(images, archive, tm
     row = found["rows"][2]
     assert (row["epochs"], row["images_seen"]) == (1.0, 36), "three steps of twelve images"
     assert row["seconds"] > 0 and row["images_per_s"] > 0 and row["error"] == ""
+    assert row["command"].startswith(f"python fastmim/train.py --method mae --preset demo --data {archive} ")
+    assert "--out runs/mae-0 " in row["command"] and "ladder-" not in row["command"]
     assert "--epochs 1 " in row["command"] and "--preset demo" in row["command"]
     assert "--val-data" not in row["command"], "training never sees the validation images"
     assert set(row["losses"]) == {"pixel"} and cells(text, "mae")[1] == f"pixel {row['losses']['pixel']:.4f}"
