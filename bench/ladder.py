@@ -267,6 +267,7 @@ def ladder(argv: list[str]) -> int:
     with image_folders(args.data, args.val_data) as folders, tempfile.TemporaryDirectory(prefix="ladder-") as scratch:
         ruler = Ruler(*folders, args)
         runs = [(method, seed) for method in args.methods or available() for seed in args.seeds]
+        longest_first = sorted(runs, key=lambda run: -cost(*run, args))
         shares = core_shares(args.jobs or (len(runs) if ruler.device.type == "cpu" else 1))
         rows, about = ruler.baselines(args.seeds[0]), provenance(args, argv, ruler, shares)
         free: queue.SimpleQueue = queue.SimpleQueue()
@@ -286,14 +287,29 @@ def ladder(argv: list[str]) -> int:
                 free.put(os.sched_getaffinity(0))
 
         with ThreadPoolExecutor(len(shares)) as pool:
-            for row in pool.map(train, runs):
+            for row in pool.map(train, longest_first):
                 rows.append(row)
+                rows[2:] = sorted(rows[2:], key=lambda row: runs.index((row.name, row.seed)))
                 write(out, about, rows)
     about["seconds"] = time.perf_counter() - began
     write(out, about, rows)
     print(markdown(about, rows))
     print(f"written: {out} and {out.with_suffix('.json')}")
     return 1 if any(row.error for row in rows) else 0
+
+
+def cost(method: str, seed: int, args: argparse.Namespace) -> float:
+    """FLOPs per image, where a formula says; a training that cannot start has none."""
+    from fastmim.arguments import parse_train
+    from fastmim.config import ConfigError
+    from fastmim.flops import training_flops
+
+    try:
+        config = parse_train(train_command(method, seed, ["--epochs", "1"], Path("runs"), ".", args)[2:])
+    except ConfigError:
+        return 0.0
+    found = training_flops(method, config.model_spec(), config.options)
+    return 0.0 if found is None else found.training
 
 
 def core_shares(jobs: int) -> list[list[int]]:

@@ -80,6 +80,19 @@ def test_ladder_shows_a_failing_method_and_goes_on(images, tmp_path):
     assert f"the whole table took {found['seconds'] / 60:.1f}." in out.read_text()
 
 
+def test_longest_trainings_begin_first(monkeypatch):
+    """Or the last one runs alone."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from ladder import cost, parse
+
+    def of(method, *arguments):
+        return cost(method, 0, parse([*arguments]))
+
+    assert of("icmae") > of("mae") > 0, "two views and two decoders"
+    assert of("mae", "--image-size", "96") > 3 * of("mae")
+    assert of("mae", "--extra", "--mae.no-such-option", "1") == 0
+
+
 def test_trainings_share_the_cores(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from ladder import core_shares
