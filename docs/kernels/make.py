@@ -67,7 +67,10 @@ NOTES = {
     ),
     "resize": (
         "One copy of the batch at the new width, in the dtype of the images.",
-        "No native: on a CPU, images reach a batch already cropped and resized by the loader that decoded them.",
+        "No native: on a CPU, images reach a batch already cropped and resized by the loader that decoded them. The "
+        "reference is for checking, not for speed: it multiplies by whole matrices of weights and takes 7.3 ms per uint8 "
+        "image of 320 x 320 to 224 x 224, bicubic, where torch's own antialiased interpolate takes 0.34 ms on boxes cut out "
+        "one by one (one thread of an AVX-512 Xeon, torch 2.13, medians of 9 over 16 images).",
     ),
     "restore": ("ids_restore; partial sums of the mask token's gradient, 1 / 32 of a bfloat16 gradient.", ""),
     "token_loss": (
@@ -140,7 +143,7 @@ def speed(functions: set[str]) -> list[str]:
     rows = [
         json.loads(line) for path in sorted(RESULTS.glob("kernels-*.jsonl")) for line in path.read_text().splitlines()
     ]
-    rows = [row for row in rows if row["function"] in functions]
+    rows = [row for row in rows if row.get("function") in functions]
     if not rows:
         return ["Not measured yet.", ""]
     columns = [c for c in ("eager", "compile", "reference", "native", "triton") if any(c in row["ms"] for row in rows)]

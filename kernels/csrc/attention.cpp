@@ -41,7 +41,8 @@ void write_transposed(const float* x, int64_t padded_rows, int64_t rows, int64_t
 
 // 2^x for x <= 0, to 2 units in the last place: far below what bfloat16 keeps. Minimax polynomial of 2^f on [-0.5, 0.5].
 inline __m512 exp2(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-150.0f));
+  // In this order a NaN stays one: of a NaN and a number the instruction gives the second.
+  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
   const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, whole);
   __m512 y = _mm512_set1_ps(1.33395865e-3f);

@@ -19,7 +19,7 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * bit_cast<float>((bit_cast<int32_t>(shifted) - bit_cast<int32_t>(MAGIC) + 127) << 23);
+  return p * bit_cast<float>((bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(MAGIC) + 127u) << 23);
 }
 
 }  // namespace fastmim

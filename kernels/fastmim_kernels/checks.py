@@ -5,10 +5,17 @@ Checks look at shapes, dtypes and devices. Values are looked at on the CPU only:
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
+
+# Floats that torch computes with.
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+LARGEST = (1 << 63) - 1
+# A patch index has 20 bits in the sort key of a mask, beside the 32 bits of the random word.
+MAX_PATCHES = 1 << 20
 
 
 def fail(what: str, expected: str, got: object, fix: str, error: type[Exception] = ValueError) -> Exception:
@@ -16,18 +23,39 @@ def fail(what: str, expected: str, got: object, fix: str, error: type[Exception]
     return error(f"{what}: expected {expected}, got {got}; {fix}.")
 
 
+def is_float(value: object) -> bool:
+    """Whether this is a tensor of floats that torch computes with, or such a dtype: not complex, not of eight bits."""
+    dtype = value.dtype if isinstance(value, Tensor) else value
+    return isinstance(dtype, torch.dtype) and dtype in FLOATS
+
+
+def describe(value: object) -> str:
+    """Dtype and shape of a tensor, or the type of anything else."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_tensor(name: str, tensor: Any, expected: str = "a tensor") -> None:
+    """``tensor`` must be a tensor whose values lie in memory, at strides: neither sparse nor nested."""
+    if not isinstance(tensor, Tensor):
+        raise fail(name, expected, type(tensor).__name__, "pass a tensor", TypeError)
+    # A nested tensor says that its layout is a strided one, and has no shape.
+    if tensor.is_nested or tensor.layout != torch.strided:
+        got = "a nested one" if tensor.is_nested else tensor.layout
+        raise fail(
+            name, f"{expected}, of layout torch.strided", got, "convert it with .to_dense() or pad it", TypeError
+        )
+
+
 def check_rank(name: str, tensor: Tensor, layout: str) -> None:
     """``tensor`` must have as many dimensions as ``layout`` names, e.g. "(B, L, D)"."""
-    if not isinstance(tensor, Tensor):
-        raise fail(name, f"a tensor {layout}", type(tensor).__name__, "pass a tensor", TypeError)
+    check_tensor(name, tensor, f"a tensor {layout}")
     if tensor.ndim != layout.count(",") + (not layout.endswith(",)")):
         raise fail(name, f"shape {layout}", tuple(tensor.shape), "reshape it")
 
 
 def check_like(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
     """``tensor`` must have exactly this shape, dtype and device."""
-    if not isinstance(tensor, Tensor):
-        raise fail(name, f"a {dtype} tensor of shape {shape}", type(tensor).__name__, "pass a tensor", TypeError)
+    check_tensor(name, tensor, f"a {dtype} tensor of shape {shape}")
     if tuple(tensor.shape) != shape:
         raise fail(name, f"shape {shape}", tuple(tensor.shape), "one row per image of the batch")
     if tensor.dtype != dtype:
@@ -61,9 +89,10 @@ def check_rng(rng: Tensor, ids: Tensor) -> None:
     """``rng``: (2,) int64 = [seed, step]; ``ids``: (B,) int64 sample ids, on one device."""
     check_rank("ids", ids, "(B,)")
     check_like("ids", ids, tuple(ids.shape), torch.int64, ids.device)
-    if not isinstance(rng, Tensor) or tuple(rng.shape) != (2,) or rng.dtype != torch.int64:
-        got = f"{rng.dtype} {tuple(rng.shape)}" if isinstance(rng, Tensor) else type(rng).__name__
-        raise fail("rng", "an int64 tensor (2,) = [seed, step]", got, "pass torch.tensor([seed, step])", TypeError)
+    expected = "an int64 tensor (2,) = [seed, step]"
+    check_tensor("rng", rng, expected)
+    if tuple(rng.shape) != (2,) or rng.dtype != torch.int64:
+        raise fail("rng", expected, describe(rng), "pass torch.tensor([seed, step])", TypeError)
     if rng.device != ids.device:
         raise fail(
             "rng", f"a tensor on {ids.device} like ids", rng.device, "keep [seed, step] on the device of the batch"
@@ -77,21 +106,42 @@ def check_tensors(name: str, tensors: Sequence[Tensor], count: int) -> None:
     if len(tensors) != count:
         raise fail(name, f"{count} tensors", len(tensors), "give one for each of the others")
     for i, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise fail(f"{name}[{i}]", "a tensor", type(tensor).__name__, "leave it out of all lists", TypeError)
+        check_tensor(f"{name}[{i}]", tensor)
+
+
+def check_written(name: str, tensor: Tensor) -> None:
+    """``tensor``, which is updated in place, must have a place in memory for each of its values."""
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        if size > 1 and stride == 0:
+            raise fail(name, "values of their own to update", "a tensor made by expand()", "clone it first")
 
 
 def check_integer(name: str, *values: int) -> None:
-    """Each of ``values`` must be an integer, which its range can be checked of afterwards."""
+    """Each of ``values`` must be an integer of 64 bits, which its range can be checked of afterwards."""
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
             raise fail(name, "an integer", repr(value), "pass an int", TypeError)
+        if not -LARGEST <= value <= LARGEST:
+            raise fail(name, "an integer of 64 bits", f"one of {value.bit_length()} bits", "correct it")
 
 
 def check_number(name: str, value: float) -> None:
-    """``value`` must be a number."""
+    """``value`` must be a number, as an integer one of 64 bits."""
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise fail(name, "a number", repr(value), "pass a float", TypeError)
+    if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        raise fail(name, "a number of 64 bits", f"an integer of {value.bit_length()} bits", "pass a float")
+
+
+def check_scalar(name: str, value: float | Tensor, device: torch.device) -> None:
+    """``value`` must be a number, or a tensor of one real number on ``device``."""
+    if not isinstance(value, Tensor):
+        check_number(name, value)
+        return
+    check_tensor(name, value)
+    if value.ndim or value.device != device or not (is_float(value) or value.dtype in (torch.int32, torch.int64)):
+        expected, got = f"a number or a 0-dimensional tensor on {device}", f"{describe(value)} on {value.device}"
+        raise fail(name, expected, got, "convert or move it")
 
 
 def check_pair(name: str, pair: tuple[int, int]) -> tuple[int, int]:
@@ -102,9 +152,25 @@ def check_pair(name: str, pair: tuple[int, int]) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
+def check_grid(name: str, grid: tuple[int, int]) -> tuple[int, int]:
+    """``grid`` must be (rows, columns) of 1 to MAX_PATCHES patches, and is returned."""
+    h, w = check_pair(name, grid)
+    if h < 1 or w < 1 or h * w > MAX_PATCHES:
+        raise fail(name, f"at least 1x1 and at most {MAX_PATCHES} patches", f"{h}x{w}", "correct the grid")
+    return h, w
+
+
+def check_distinct(name: str, ids: Tensor, count: int) -> None:
+    """No image may have a patch twice among its ``ids`` (B, K) in 0..count-1 (looked at on the CPU only)."""
+    if is_readable(ids) and ids.numel():
+        seen = torch.zeros((ids.shape[0], count), dtype=torch.bool).scatter_(1, ids, True)
+        if int(seen.sum()) < ids.numel():
+            raise fail(name, "each patch at most once per image", "one twice", "draw ids without replacement")
+
+
 def check_float_dtype(dtype: torch.dtype) -> None:
     """``dtype`` of a result must be a floating one."""
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+    if not is_float(dtype):
         raise fail("dtype", "a floating dtype", repr(dtype), "use torch.float32 or torch.bfloat16", TypeError)
 
 
@@ -122,6 +188,14 @@ def check_constants(mean: tuple[float, ...] | None, std: tuple[float, ...] | Non
         raise fail("mean, std", expected, got, "give one per channel, in 0..1 units")
 
 
+def check_pixels(images: Tensor) -> None:
+    """``images`` must have a dtype of pixels and at least one channel."""
+    if images.dtype != torch.uint8 and not is_float(images):
+        raise fail("images", "uint8 in 0..255 or floats in 0..1", images.dtype, "convert the images", TypeError)
+    if images.shape[1] == 0:
+        raise fail("images", "at least one channel", tuple(images.shape), "give (B, C, H, W)")
+
+
 def check_images(
     images: Tensor,
     size: tuple[int, int] | None,
@@ -132,8 +206,7 @@ def check_images(
 ) -> tuple[int, int]:
     """Check a batch of master images and the window in them. Returns (h, w), the size of the window in pixels."""
     check_rank("images", images, "(B, C, H, W)")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise fail("images", "uint8 in 0..255 or floats in 0..1", images.dtype, "convert the images", TypeError)
+    check_pixels(images)
     batch, channels, height, width = images.shape
     h, w = (height, width) if size is None else check_pair("size", size)
     if not (1 <= h <= height and 1 <= w <= width):

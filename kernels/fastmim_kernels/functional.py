@@ -80,7 +80,8 @@ def layer_norm(
 ) -> Tensor:
     """``torch.nn.functional.layer_norm``; several dimensions or no weight are left to it. Keeps the dtype of ``input``,
     also under autocast."""
-    if weight is None or len(normalized_shape) != 1 or input.ndim < 2 or input.shape[-1] != normalized_shape[0]:
+    is_last = isinstance(normalized_shape, (list, tuple)) and isinstance(input, Tensor)
+    if weight is None or not is_last or input.ndim < 2 or tuple(normalized_shape) != tuple(input.shape[-1:]):
         return torch_functional.layer_norm(input, normalized_shape, weight, bias, eps)
     return add_layer_norm(input, None, weight, bias, eps=eps)
 

@@ -3,11 +3,12 @@
 A state dict of the module that one of them stands for loads as it is. Dropout where theirs is.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import autocast
 from .activation import bias_gelu
+from .checks import check_rank, check_tensor, fail
 from .layer_norm import add_layer_norm
 from .patches import patchify_gather
 from .topk import topk_attention
@@ -17,6 +18,7 @@ __all__ = ["AddLayerNorm", "Attention", "LayerNorm", "Mlp", "PatchEmbed", "linea
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.gelu(F.linear(x, weight, bias))``; on a GPU the bias is added, and its gradient summed, in the activation."""
+    check_tensor("x", x)
     if x.device.type == "cpu":
         return bias_gelu(F.linear(x, weight, bias))
     return bias_gelu(F.linear(x, weight), bias)
@@ -35,8 +37,11 @@ def project_patches(
 
     Returns: (B, K, D).
     """
-    device = images.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    check_rank("images", images, "(B, C, H, W)")
+    check_rank("weight", weight, "(D, C, p, p)")
+    if weight.shape[1] != images.shape[1] or weight.shape[2] != weight.shape[3]:
+        raise fail("weight", f"shape (D, {images.shape[1]}, p, p)", tuple(weight.shape), "fit it to the channels")
+    dtype = autocast.dtype(images.device) or weight.dtype
     patches = patchify_gather(images, ids, weight.shape[2], dtype=dtype, **window)
     return F.linear(patches, weight.permute(0, 2, 3, 1).flatten(1), bias)
 

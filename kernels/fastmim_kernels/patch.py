@@ -96,11 +96,14 @@ def apply(
         loss: a method ``forward_loss(images, pred, mask)`` as in facebookresearch/mae.
         dry_run: only report.
 
-    Returns: Report; ``with apply(model):`` removes the replacements at the end.
+    Returns: Report; ``with apply(model):`` removes the replacements at the end. A copy of the model has them, too; a
+        pickled model comes back without and can be given them anew.
     """
     wanted = {"layer_norm": layer_norm, "mlp": mlp, "patch_embed": patch_embed, "block": block, "loss": loss}
     report = Report(model)
     for path, module in model.named_modules():
+        if is_unpickled(module):
+            forget(module)
         for candidate in candidates(module):
             if wanted[candidate.part]:
                 reason = obstacle(module, candidate)
@@ -112,12 +115,21 @@ def apply(
 
 def remove(model: nn.Module) -> int:
     """Take every replacement away. Returns how many there were."""
-    count = 0
-    for module in model.modules():
-        for method in module.__dict__.pop(MARK, ()):
-            del module.__dict__[method]
-            count += 1
-    return count
+    return sum(forget(module) for module in model.modules())
+
+
+def forget(module: nn.Module) -> int:
+    """Take the replacements of one module away. Returns how many there were."""
+    methods = module.__dict__.pop(MARK, ())
+    for method in methods:
+        module.__dict__.pop(method, None)
+    return len(methods)
+
+
+def is_unpickled(module: nn.Module) -> bool:
+    """Whether what were replacements are the class's own methods again: pickle keeps no more of a method than its name."""
+    methods = module.__dict__.get(MARK, ())
+    return any(getattr(module.__dict__.get(m), "__func__", None) is getattr(type(module), m) for m in methods)
 
 
 def replace(module: nn.Module, method: str, replacement: Callable[..., object]) -> None:
@@ -242,12 +254,13 @@ def find_feed_forward(module: nn.Module) -> Candidate | None:
     if type(module) is not nn.TransformerEncoderLayer:
         return None
 
-    def feed_forward(self, x: Tensor) -> Tensor:
+    # Named as the method: pickle looks it up by that name.
+    def _ff_block(self, x: Tensor) -> Tensor:
         hidden = linear_gelu(x, self.linear1.weight, self.linear1.bias)
         return self.dropout2(self.linear2(self.dropout(hidden)))
 
     probe = (1, 3, module.linear1.in_features)
-    return Candidate("mlp", "_ff_block", feed_forward, bypassed=(module.linear1,), probe=probe)
+    return Candidate("mlp", "_ff_block", _ff_block, bypassed=(module.linear1,), probe=probe)
 
 
 class Seam(NamedTuple):
@@ -298,8 +311,10 @@ def find_block(module: nn.Module) -> Candidate | None:
         gamma = layer_scale(getattr(self, seam.scale)) if seam.scale else None
         rows = None
         if seam.drop_path and self.training and not isinstance(getattr(self, seam.drop_path), nn.Identity):
-            # Drawn as for the branch itself, so that the generator goes on from the same state.
-            rows = getattr(self, seam.drop_path)(branch.new_ones((x.shape[0], 1, 1))).view(-1)
+            # Drawn as for the (scaled) branch itself, in its dtype, on which the draws depend: the generator goes on from the
+            # same state, and the same images leave the branch out.
+            dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
+            rows = getattr(self, seam.drop_path)(branch.new_ones((x.shape[0], 1, 1), dtype=dtype)).view(-1)
         y, x = add_layer_norm(
             branch, x, norm.weight, norm.bias, scale=gamma, row_scale=rows, eps=norm.eps, prenorm=True
         )

@@ -2,6 +2,8 @@
 
 import re
 
+import fastmim_kernels as fk
+import fastmim_kernels.functional
 import pytest
 import torch
 from fastmim_kernels import cases, dispatch
@@ -43,7 +45,11 @@ def wrong_values(value):
         if value.ndim:
             yield from (value[0:0], torch.cat([value, value]), value.flatten(), value[..., :-1])
             yield torch.cat([value, value], -1)
-        yield from (value.to("meta"), value.tolist(), "tensor", None)
+        yield from (value.to("meta"), value.to_sparse(), value.tolist(), "tensor", None)
+        if value.is_floating_point():
+            yield value.to(torch.float8_e4m3fn)
+        if value.ndim:
+            yield torch.nested.nested_tensor([value, value])
         if not value.is_floating_point() and value.dtype == torch.int64:
             yield from (value - 1000, value + 1000)
     elif isinstance(value, (list, tuple)) and value:
@@ -55,21 +61,29 @@ def wrong_values(value):
             3,
             type(value)(value[:1]) * len(value) if type(value) in (list, tuple) else None,
         )
+        if all(isinstance(item, int) for item in value):
+            yield tuple(-item for item in value)
+            yield tuple(1 << 31 for item in value)
+            yield tuple(1 << 70 for item in value)
     elif isinstance(value, bool):
         pass
     elif isinstance(value, (int, float)):
-        yield from (-1, 0, 300, -value, float("nan"), float("inf"), "3", None)
+        yield from (-1, 0, 300, -value, float("nan"), float("inf"), 1 << 70, "3", None)
     elif isinstance(value, str):
         yield from ("no such kind", 3)
     elif isinstance(value, torch.dtype):
         yield from (torch.int32, torch.float64, torch.float16, torch.complex64, "float32")
 
 
-# F.linear's own errors are passed on.
-CHECKED = sorted(set(FUNCTIONS) - {"linear"})
+def said(value) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    # A nested tensor has no shape.
+    shape = "nested" if value.is_nested else tuple(value.shape)
+    return f"{value.dtype} {shape} {value.device} {value.layout}"
 
 
-@pytest.mark.parametrize("function", CHECKED)
+@EVERY
 def test_wrong_calls_are_right_or_one_clear_line(function):
     case = FUNCTIONS[function]
     public, reference = cases.public(case), getattr(dispatch.reference(OF[function]), function)
@@ -77,11 +91,7 @@ def test_wrong_calls_are_right_or_one_clear_line(function):
     for name, value in case.inputs(CPU).items():
         for i, wrong in enumerate(wrong_values(value)):
             inputs = case.inputs(CPU) | {name: wrong}
-            what = (
-                f"{function}({name}: {wrong.dtype} {tuple(wrong.shape)} {wrong.device})"
-                if isinstance(wrong, torch.Tensor)
-                else f"{function}({name}={wrong!r}) #{i}"
-            )
+            what = f"{function}({name}={said(wrong)}) #{i}"
             tried += 1
             try:
                 got = cases.flatten(public(**inputs))
@@ -93,9 +103,93 @@ def test_wrong_calls_are_right_or_one_clear_line(function):
             else:
                 if not case.result and got and got[0].device.type == "cpu":
                     for a, b in zip(got, cases.flatten(reference(**(case.inputs(CPU) | {name: wrong}))), strict=True):
+                        if a.dtype.itemsize == 1:
+                            a, b = a.view(torch.uint8), b.view(torch.uint8)
                         half = a.dtype in (torch.float16, torch.bfloat16) or torch.float16 in dtypes_of(wrong)
                         torch.testing.assert_close(a, b, msg=what, **(HALF if half else CLOSE))
     assert refused > tried / 3
+
+
+# Each of these crashed, or gave numbers that were none.
+G = torch.Generator().manual_seed(0)
+RNG, IDS = torch.tensor([1, 2]), torch.arange(3)
+NORMAL = lambda *shape: torch.randn(shape, generator=G)  # noqa: E731
+HOSTILE = {
+    # A product of two negative numbers is a number of patches.
+    "cell_masking_negative_grid": lambda: fk.cell_masking(RNG, IDS, (-6, -4), 1, 3),
+    "block_masking_negative_grid": lambda: fk.block_masking(RNG, IDS, (-6, -4), 3),
+    "depthwise_negative_grid": lambda: fk.depthwise_patches(NORMAL(1, 6, 2, 2, 4), None, NORMAL(4, 1, 3, 3), NORMAL(4), (-2, -3)),
+    "depthwise_huge_grid": lambda: fk.depthwise_patches(NORMAL(1, 1, 2, 2, 4), torch.zeros((1, 1), dtype=torch.int64), NORMAL(4, 1, 3, 3), NORMAL(4), (1 << 31, 1 << 31)),
+    "depthwise_one_place_twice": lambda: fk.depthwise_patches(NORMAL(1, 2, 2, 2, 4), torch.tensor([[3, 3]]), NORMAL(4, 1, 3, 3), NORMAL(4), (2, 3)),
+    "restore_no_permutation": lambda: fk.restore_tokens(NORMAL(1, 3, 4), NORMAL(4), NORMAL(5, 4), torch.tensor([[0, 1, 1, 3]])),
+    "views_huge_blur": lambda: fk.shift_flip_jitter(torch.zeros(2, 3, 4, 4), size=(4, 4), blur_sigma=torch.ones(2), max_blur_sigma=1e10),
+    "views_no_size": lambda: fk.shift_flip_jitter(torch.zeros(2, 3, 4, 4), size=(4,)),
+    "pixel_loss_no_channel": lambda: fk.masked_pixel_loss(torch.zeros(1, 1, 0), torch.zeros(1, 0, 4, 4), torch.zeros((1, 1), dtype=torch.int64), 2, mean=None, std=None, norm=False),
+    "topk_no_width": lambda: fk.topk_attention(*NORMAL(3, 1, 2, 5, 0), 2),
+    "resize_huge_size": lambda: fk.random_resized_crop(torch.zeros(1, 3, 4, 4), torch.tensor([[0, 0, 4, 4]]), (1 << 31, 4), dtype=torch.float32),
+    "block_masking_huge_aspect": lambda: fk.block_masking(RNG, IDS, (14, 14), 98, aspect=(0.3, 1e300)),
+    "restore_complex_position": lambda: fk.restore_tokens(NORMAL(1, 3, 4), NORMAL(4), NORMAL(5, 4).to(torch.complex64), torch.arange(4)[None]),
+    "patch_embedding_of_other_channels": lambda: fk.functional.project_patches(NORMAL(1, 3, 8, 8), NORMAL(5, 4, 4, 4), None),
+    "linear_gelu_of_a_list": lambda: fk.functional.linear_gelu([1.0], NORMAL(5, 4), None),
+    "linear_mixed_dtypes": lambda: fk.linear(NORMAL(3, 4).bfloat16(), NORMAL(5, 4).requires_grad_()),
+    "linear_mixed_devices": lambda: fk.linear(NORMAL(3, 4), NORMAL(5, 4).to("meta")),
+    "ema_expanded_targets": lambda: fk.ema_update([torch.ones(1).expand(3)], [torch.ones(3)], 0.5),
+    "ema_momentum_of_bool": lambda: fk.ema_update([torch.ones(3)], [torch.ones(3)], torch.tensor(True)),
+    "adamw_expanded_moments": lambda: fk.adamw_ema([torch.ones(3)], [torch.ones(3)], [torch.ones(1).expand(3)], [torch.ones(3)], step=1, lr=0.1),
+    "adamw_step_elsewhere": lambda: fk.adamw_ema([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.ones(3)], step=torch.tensor(1, device="meta"), lr=0.1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_calls_get_one_line(name):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        HOSTILE[name]()
+    assert MESSAGE.fullmatch(str(caught.value)), caught.value
+
+
+@EVERY
+def test_meta_tensors_give_shapes(function):
+    case = FUNCTIONS[function]
+    expected, got = results(case), results(case, inputs=case.inputs(torch.device("meta")))
+    assert [(t.shape, t.dtype) for t in got] == [(t.shape, t.dtype) for t in expected]
+    assert all(t.device.type == "meta" for t in got)
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_nan_of_bfloat16_attention_comes_through(part):
+    """One NaN in a key reaches every row, in a query its own."""
+    qkv = NORMAL(1, 40, 3, 2, 16).bfloat16()
+    qkv[0, 7, ["query", "key", "value"].index(part), 1, 3] = torch.nan
+    out = fk.qkv_attention(qkv)
+    expected = dispatch.reference("qkv").qkv_attention(qkv)
+    assert torch.equal(out.isnan(), expected.isnan()) and out.isnan().any()
+
+
+def test_layer_norm_takes_no_eps_as_torch_does():
+    x, weight = NORMAL(2, 5), NORMAL(5)
+    ours, theirs = (f(x, (5,), weight, eps=0.0) for f in (fk.functional.layer_norm, torch.nn.functional.layer_norm))
+    torch.testing.assert_close(ours, theirs)
+    with pytest.raises(TypeError):
+        fk.functional.layer_norm(x.tolist(), 5, weight)
+
+
+def test_attention_without_heads_is_empty():
+    q = torch.zeros((2, 0, 5, 4), requires_grad=True)
+    out = fk.topk_attention(q, q, q, 2)
+    out.sum().backward()
+    assert out.shape == q.grad.shape == (2, 0, 5, 4)
+
+
+def test_second_derivative_of_a_linear_layer_is_right_or_refused():
+    """Its gradient of x hangs on the weight."""
+    x, weight = (NORMAL(*shape).bfloat16().requires_grad_() for shape in ((3, 4), (5, 4)))
+    try:
+        (grad,) = torch.autograd.grad(fk.linear(x, weight).sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(grad.sum(), weight)
+    except NotImplementedError as e:
+        assert MESSAGE.fullmatch(str(e))
+    else:
+        assert torch.equal(second, torch.full((5, 4), 3.0).bfloat16())
 
 
 # Layouts, precision, compilation, gradients.

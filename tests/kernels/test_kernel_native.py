@@ -10,8 +10,8 @@ import fastmim_kernels as fk
 import pytest
 import torch
 from fastmim_kernels import cases, dispatch, native_library
+from recorder import Recorder
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 NATIVE = [op for op in dispatch.ops() if not dispatch.load(op, "native")]
@@ -225,19 +225,6 @@ def test_large_batches_are_split_over_threads(threads):
 
 
 # torch.library and torch.compile.
-
-
-class Recorder(TorchDispatchMode):
-    """The calls of fastmim's own ops, with their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fastmim":
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("case", FEW_CASES)

@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import pickle
 import re
 import sys
 
@@ -221,6 +222,23 @@ def test_copies_of_a_patched_model_are_patched_and_independent():
     assert patch.remove(other)
 
 
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="gelu", batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+@pytest.mark.parametrize(("build", "shape"), [(ViT, (2, 3, 12, 12)), (encoder, (2, 5, 8))], ids=["vit", "encoder"])
+def test_pickled_models_come_back_without_replacements_and_take_them_anew(build, shape):
+    torch.manual_seed(0)
+    model, x = build().eval(), torch.randn(shape)
+    before = model(x)
+    patch.apply(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(x), before)
+    assert len(patch.apply(loaded).replaced) == patch.remove(loaded) == patch.remove(model)
+    assert torch.equal(loaded(x), before) and not any("forward" in m.__dict__ for m in loaded.modules())
+
+
 def test_sizes_that_the_patches_do_not_divide_run_as_before():
     conv = nn.Conv2d(3, 5, kernel_size=4, stride=4)
     x = images(side=14)
@@ -244,6 +262,31 @@ def test_bfloat16_model_stays_close():
     with patch.apply(model) as report:
         assert {entry.part for entry in report.replaced} == PARTS
         assert torch.allclose(model(images().bfloat16()), before, atol=0.1)
+
+
+class RandDropPath(nn.Module):
+    """As in transformers: the draws depend on the dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        keep = 0.5 + torch.rand((x.shape[0], 1, 1), dtype=x.dtype, device=x.device)
+        return x * keep.floor() / 0.5 if self.training else x
+
+
+def test_stochastic_depth_under_autocast_leaves_out_the_same_branches():
+    torch.manual_seed(0)
+    model, x = ViT().train(), images(batch=32)
+    for block in model.blocks:
+        block.drop_path1, block.mlp.drop1, block.mlp.drop2 = RandDropPath(), nn.Identity(), nn.Identity()
+
+    def run() -> Tensor:
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(x).float()
+
+    before = run()
+    with patch.apply(model) as report:
+        assert {entry.part for entry in report.replaced} == PARTS
+        assert torch.allclose(run(), before, atol=0.2)
 
 
 def test_loss_of_a_masked_autoencoder():

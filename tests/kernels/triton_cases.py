@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 import triton_interpreter
 from fastmim_kernels import cases, dispatch
-from torch.utils._python_dispatch import TorchDispatchMode
+from recorder import Recorder
 
 triton_interpreter.install()
 
@@ -217,19 +217,6 @@ def test_gather_is_twice_differentiable_and_others_say_that_they_are_not():
     (grad,) = torch.autograd.grad(fk.bias_gelu(x).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="bias_gelu: expected a first derivative"):
         grad.sum().backward()
-
-
-class Recorder(TorchDispatchMode):
-    """The calls of fastmim's own ops, with their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "fastmim":
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
 
 
 # opcheck copies arguments to where the interpreter knows of no tensors, so not for kernels that get addresses in a table.

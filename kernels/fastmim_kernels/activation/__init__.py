@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import fail
+from ..checks import check_tensor, fail, is_float
 from ..registration import define
 
 __all__ = ["bias_gelu"]
@@ -26,10 +26,10 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises: ValueError or TypeError for arguments that do not fit each other.
     Source: Hendrycks, Gimpel, arXiv 1606.08415.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise fail("x", "a tensor of floats", getattr(x, "dtype", type(x).__name__), "convert it", TypeError)
-    if bias is not None and (not isinstance(bias, Tensor) or not bias.is_floating_point()):
-        raise fail("bias", "floats or None", getattr(bias, "dtype", type(bias).__name__), "convert it", TypeError)
+    for name, tensor in (("x", x), ("bias", x if bias is None else bias)):
+        check_tensor(name, tensor)
+        if not is_float(tensor):
+            raise fail(name, "floats", tensor.dtype, "convert it", TypeError)
     if bias is not None and (tuple(bias.shape) != tuple(x.shape[-1:]) or bias.device != x.device):
         raise fail(
             "bias", f"shape {tuple(x.shape[-1:])} on {x.device}", f"{tuple(bias.shape)} on {bias.device}", "fit it"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_number, check_tensors, fail
+from ..checks import check_number, check_scalar, check_tensor, check_tensors, check_written, fail, is_float
 from ..registration import define
 
 __all__ = ["adamw_ema"]
@@ -57,7 +57,10 @@ def adamw_ema(
         raise fail("params", "a list of tensors", type(params).__name__, "pass a list", TypeError)
     targets, copies = (_some(name, t, len(params)) for name, t in (("targets", targets), ("copies", copies)))
     _check(params, grads, exp_avgs, exp_avg_sqs, targets, copies)
-    _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, any(t is not None for t in targets))
+    if not params:
+        return
+    has_targets = any(t is not None for t in targets)
+    _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, has_targets, params[0].device)
     # A call per kind of tensors: gradients and copies of one dtype; with target or without.
     groups = defaultdict(list)
     for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, targets, copies, strict=True):
@@ -107,6 +110,8 @@ def _some(name: str, tensors: Some, count: int) -> list[Tensor | None]:
 
 def _check(params, grads, exp_avgs, exp_avg_sqs, targets, copies) -> None:
     check_tensors("params", params, len(params))
+    for i, p in enumerate(params):
+        check_written(f"params[{i}]", p)
     named = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     for name, tensors in named.items():
         check_tensors(name, tensors, len(params))
@@ -118,27 +123,27 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, targets, copies) -> None:
             if t is None:
                 continue
             what = f"{name}[{i}]"
-            if not isinstance(t, Tensor):
-                raise fail(what, "a tensor or None", type(t).__name__, "pass None for no tensor", TypeError)
+            check_tensor(what, t, "a tensor or None")
             if t.shape != p.shape or t.device != p.device or p.device != params[0].device:
                 got = f"{tuple(t.shape)} on {t.device}"
                 raise fail(what, f"{tuple(p.shape)} on {params[0].device} like params[{i}]", got, "check the order")
-            if p.dtype not in (torch.float32, torch.float64) or not t.is_floating_point():
+            if p.dtype not in (torch.float32, torch.float64) or not is_float(t):
                 got = f"{p.dtype}, {t.dtype}"
                 raise fail(f"params[{i}], {what}", "float32 parameters, floats", got, "convert them", TypeError)
+            if name != "grads":
+                check_written(what, t)
             if name not in ("grads", "copies") and t.dtype != p.dtype:
                 raise fail(what, f"{p.dtype} like params[{i}]", t.dtype, "keep moments and averages in it", TypeError)
 
 
-def _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, has_targets: bool) -> None:
+def _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, has_targets: bool, device) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise fail("betas", "two numbers in [0, 1)", repr(betas), "pass a tuple of two", TypeError)
-    named = {"step": step, "lr": lr, "grad_scale": grad_scale, "eps": eps, "weight_decay": weight_decay}
-    for name, value in (*named.items(), ("betas", betas[0]), ("betas", betas[1]), ("momentum", momentum)):
-        if not (isinstance(value, Tensor) and name in ("step", "lr", "grad_scale", "momentum")) and value is not None:
-            check_number(name, value)
-        if value is None and name != "momentum":
-            raise fail(name, "a number", None, f"pass {name}", TypeError)
+    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("betas", betas[0]), ("betas", betas[1])):
+        check_number(name, value)
+    for name, value in (("step", step), ("lr", lr), ("grad_scale", grad_scale), ("momentum", momentum)):
+        if value is not None or name != "momentum":
+            check_scalar(name, value, device)
     if not isinstance(step, Tensor) and not 1 <= step < float("inf"):
         raise fail("step", "the number of this step, from 1", step, "count before the call")
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
@@ -150,9 +155,6 @@ def _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, has
         raise fail("momentum", "a number in [0, 1] beside targets", None, "pass it")
     if momentum is not None and not isinstance(momentum, Tensor) and not 0 <= momentum <= 1:
         raise fail("momentum", "a number in [0, 1]", momentum, "correct the schedule")
-    for name, value in (("step", step), ("lr", lr), ("grad_scale", grad_scale), ("momentum", momentum)):
-        if isinstance(value, Tensor) and value.ndim:
-            raise fail(name, "a number or a 0-dimensional tensor", tuple(value.shape), "pass one value")
 
 
 ADAMW = define(

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import dispatch
-from ..checks import fail
-from ..registration import define
+from .. import autocast, dispatch
+from ..checks import check_rank, check_tensor, describe, fail, is_float
+from ..registration import define, refuse_second_derivative
 
 __all__ = ["linear"]
 
@@ -20,15 +20,23 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns: (..., O), in the dtype that ``F.linear`` gives. Differentiable.
     Raises: ValueError or TypeError for arguments that do not fit each other.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 1:
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise fail("x", "floats (..., I)", got, "convert or reshape it", TypeError)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
-        got = tuple(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-        raise fail("weight", f"shape (O, {x.shape[-1]})", got, "fit it to the last dimension of x")
-    if bias is not None and (not isinstance(bias, Tensor) or bias.shape != weight.shape[:1]):
-        got = tuple(bias.shape) if isinstance(bias, Tensor) else type(bias).__name__
-        raise fail("bias", f"shape ({weight.shape[0]},) or None", got, "one value per row of weight")
+    check_tensor("x", x, "floats (..., I)")
+    if not is_float(x) or x.ndim < 1:
+        raise fail("x", "floats (..., I)", describe(x), "convert or reshape it", TypeError)
+    check_rank("weight", weight, "(O, I)")
+    if weight.shape[1] != x.shape[-1]:
+        raise fail("weight", f"shape (O, {x.shape[-1]})", tuple(weight.shape), "fit it to the last dimension of x")
+    if bias is not None:
+        check_rank("bias", bias, "(O,)")
+        if bias.shape != weight.shape[:1]:
+            raise fail("bias", f"shape ({weight.shape[0]},) or None", tuple(bias.shape), "one value per row of weight")
+    # Autocast converts all but float64.
+    is_cast = autocast.dtype(x.device) is not None and x.dtype != torch.float64
+    for name, tensor in (("weight", weight), ("bias", weight if bias is None else bias)):
+        is_alike = is_float(tensor) and tensor.dtype != torch.float64 if is_cast else tensor.dtype == x.dtype
+        if not is_alike or tensor.device != x.device:
+            got = f"{tensor.dtype} on {tensor.device}"
+            raise fail(name, f"{x.dtype} on {x.device} like x", got, "convert it, or use autocast", TypeError)
     dtype = product_dtype(x)
     # Without a gradient for the weight there is nothing to win over torch's own.
     is_fit = dtype == torch.bfloat16 and torch.is_grad_enabled() and weight.requires_grad and weight.numel()
@@ -39,8 +47,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product of x is computed: autocast's, or its own."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return autocast.dtype(x.device) or x.dtype
 
 
 def allocate_backward(grad: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
@@ -75,6 +82,8 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            refuse_second_derivative("linear")
         x, low = ctx.saved_tensors
         for_x = grad @ low if ctx.needs_input_grad[0] else None
         has_bias = ctx.needs_input_grad[2]

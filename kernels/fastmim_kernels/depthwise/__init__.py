@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_ids, check_pair, check_rank, fail
+from ..checks import check_distinct, check_grid, check_ids, check_rank, fail, is_float
 from ..registration import define
 
 __all__ = ["depthwise_patches"]
@@ -18,7 +18,8 @@ def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tenso
 
     Args:
         x: (B, K, s, s, C) feature maps of the visible patches, s x s pixels each.
-        ids: (B, K) int64, their places in the grid, no place twice; None: all of them, in raster order.
+        ids: (B, K) int64, their places in the grid, no place twice (checked on the CPU only); None: all of them, in
+            raster order.
         weight: (C, 1, k, k), k odd. bias: (C,).
         grid: patches per column and per row.
 
@@ -30,12 +31,13 @@ def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tenso
     check_rank("weight", weight, "(C, 1, k, k)")
     check_rank("bias", bias, "(C,)")
     batch, keep, side, other, width = x.shape
-    h, w = check_pair("grid", grid)
+    h, w = check_grid("grid", grid)
     count = h * w
-    if side != other or not x.is_floating_point():
+    if side != other or not is_float(x):
         raise fail("x", "floats (B, K, s, s, C)", f"{x.dtype} {tuple(x.shape)}", "give square patches", TypeError)
     if ids is not None:
         check_ids("ids", ids, batch, count, x.device)
+        check_distinct("ids", ids, count)
     if keep != (count if ids is None else ids.shape[1]):
         raise fail("x", "one patch per id (all of the grid without ids)", f"{keep} patches", "check x, ids and grid")
     size = weight.shape[2]
@@ -43,8 +45,9 @@ def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tenso
         got = f"{tuple(weight.shape)}, {tuple(bias.shape)}"
         raise fail("weight, bias", f"({width}, 1, k, k) with odd k, ({width},)", got, "give one kernel per channel")
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.device != x.device:
-            raise fail(name, f"a tensor on {x.device} like x", tensor.device, "move it")
+        if tensor.device != x.device or not is_float(tensor):
+            got = f"{tensor.dtype} on {tensor.device}"
+            raise fail(name, f"floats on {x.device} like x", got, "move or convert it", TypeError)
     if dispatch.uses_reference("depthwise", x.device, x, weight, bias):
         return dispatch.reference("depthwise").depthwise_patches(x, ids, weight, bias, grid)
     return DEPTHWISE(x, ids, weight, bias, grid)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_number, check_tensors, fail
+from ..checks import check_scalar, check_tensors, check_written, fail, is_float
 from ..registration import define
 
 __all__ = ["ema_update"]
@@ -30,12 +30,13 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: f
     check_tensors("targets", targets, len(targets) if isinstance(targets, (list, tuple)) else 0)
     check_tensors("onlines", onlines, len(targets))
     for i, (t, o) in enumerate(zip(targets, onlines, strict=True)):
+        check_written(f"targets[{i}]", t)
         if t.shape != o.shape or t.device != o.device:
             got = f"{tuple(o.shape)} on {o.device}"
             raise fail(
                 f"onlines[{i}]", f"{tuple(t.shape)} on {t.device} like its target", got, "check the order of the pairs"
             )
-        if t.dtype not in (torch.float32, torch.float64) or not o.is_floating_point():
+        if t.dtype not in (torch.float32, torch.float64) or not is_float(o):
             raise fail(
                 f"targets[{i}]",
                 "float32 and a floating online tensor",
@@ -43,15 +44,11 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: f
                 "keep targets in float32",
                 TypeError,
             )
-    if isinstance(momentum, Tensor):
-        if momentum.ndim:
-            raise fail("momentum", "a number or a 0-dimensional tensor", tuple(momentum.shape), "pass one value")
-    else:
-        check_number("momentum", momentum)
-        if not 0 <= momentum <= 1:
-            raise fail("momentum", "a number in [0, 1]", momentum, "correct the schedule")
     if not targets:
         return
+    check_scalar("momentum", momentum, targets[0].device)
+    if not isinstance(momentum, Tensor) and not 0 <= momentum <= 1:
+        raise fail("momentum", "a number in [0, 1]", momentum, "correct the schedule")
     # Tensors of float64 are left to the reference inside.
     if dispatch.uses_reference("ema", targets[0].device):
         dispatch.reference("ema").ema_update(targets, onlines, momentum)

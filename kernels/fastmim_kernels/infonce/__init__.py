@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_integer, check_number, check_positive, check_rank, fail
+from ..checks import check_integer, check_number, check_positive, check_rank, fail, is_float
 from ..registration import define, refuse_second_derivative
 
 __all__ = ["contrastive_loss"]
@@ -35,7 +35,7 @@ def contrastive_loss(
         raise fail(
             "q, k", "(B, D) and (N, D), not empty", f"{tuple(q.shape)} and {tuple(k.shape)}", "give both the same width"
         )
-    if q.device != k.device or not (q.is_floating_point() and k.is_floating_point()):
+    if q.device != k.device or not (is_float(q) and is_float(k)):
         raise fail(
             "q, k", "floats on one device", f"{q.dtype} on {q.device}, {k.dtype} on {k.device}", "move or convert them"
         )

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_positive, fail
+from ..checks import check_number, check_tensor, describe, fail, is_float
 from ..registration import define
 
 __all__ = ["add_layer_norm"]
@@ -43,9 +43,9 @@ def add_layer_norm(
     Source: Ba et al., arXiv 1607.06450; layer scale: Touvron et al., arXiv 2103.17239, eq. 4; stochastic depth: Huang
         et al., arXiv 1603.09382. eps as facebookresearch/mae models_mae.py.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.ndim < 2:
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise fail("x", "floats (B, ..., D)", got, "convert or reshape it", TypeError)
+    check_tensor("x", x, "floats (B, ..., D)")
+    if not is_float(x) or x.ndim < 2:
+        raise fail("x", "floats (B, ..., D)", describe(x), "convert or reshape it", TypeError)
     width = x.shape[-1]
     _check("residual", residual, tuple(x.shape), x)
     _check("weight", weight, (width,), x)
@@ -58,7 +58,9 @@ def add_layer_norm(
         )
     if row_scale is not None and row_scale.requires_grad and torch.is_grad_enabled():
         raise fail("row_scale", "a constant", "a tensor that requires a gradient", "detach it")
-    check_positive("eps", eps)
+    check_number("eps", eps)
+    if not 0 <= eps < float("inf"):
+        raise fail("eps", "a finite number, 0 or more", eps, "correct eps")
     tensors = [t for t in (x, residual, weight, bias, scale, row_scale) if t is not None]
     is_too_wide = width > MAX_WIDTH.get(x.device.type, width)
     if is_too_wide or dispatch.uses_reference("layer_norm", x.device, *tensors):
@@ -78,9 +80,9 @@ def add_layer_norm(
 def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     if tensor is None:
         return
-    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise fail(name, "a float tensor or None", got, "convert it", TypeError)
+    check_tensor(name, tensor, "a float tensor or None")
+    if not is_float(tensor):
+        raise fail(name, "a float tensor or None", tensor.dtype, "convert it", TypeError)
     if tuple(tensor.shape) != shape or tensor.device != x.device:
         got = f"{tuple(tensor.shape)} on {tensor.device}"
         raise fail(name, f"shape {shape} on {x.device}", got, "fit it to x")

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import autocast
+
 
 def add_layer_norm(
     x: Tensor,
@@ -19,7 +21,7 @@ def add_layer_norm(
     """See the public function."""
     stream = x.dtype if residual is None else residual.dtype
     work = torch.promote_types(torch.promote_types(x.dtype, stream), torch.float32)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast.disabled(x.device):
         h = x.to(work)
         if scale is not None:
             h = h * scale.to(work)

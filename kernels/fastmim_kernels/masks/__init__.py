@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_integer, check_pair, check_rng, fail
+from ..checks import MAX_PATCHES, check_grid, check_integer, check_rng, fail
 from ..registration import define
 
 __all__ = ["MaskIds", "cell_masking", "random_masking"]
 
-# A patch index has 20 bits in the sort key, beside the 32 bits of the random word.
-MAX_PATCHES = 1 << 20
 # On a GPU, counting takes cells**2 comparisons per image; from here on the reference's sort takes less.
 MAX_COUNTED = 4096
 
@@ -69,7 +67,7 @@ def cell_masking(rng: Tensor, ids: Tensor, grid: tuple[int, int], cell: int, num
     Source: ZhichengHuang/CMAE cmae_vit.py ``random_masking`` (2x2 cells, 17 of 49 kept).
     """
     check_rng(rng, ids)
-    h, w = check_pair("grid", grid)
+    h, w = check_grid("grid", grid)
     check_integer("cell", cell)
     if cell < 1 or h % cell or w % cell:
         raise fail("cell", f"a divisor of the grid {h}x{w}", cell, "change the cell, the image size or the patch size")

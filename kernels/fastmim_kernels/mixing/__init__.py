@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..checks import (
+    MAX_PATCHES,
     check_float_dtype,
     check_images,
     check_integer,
@@ -17,9 +18,10 @@ from ..checks import (
     check_rank,
     check_rng,
     fail,
+    is_float,
     is_readable,
 )
-from ..masks import MAX_COUNTED, MAX_PATCHES
+from ..masks import MAX_COUNTED
 from ..registration import define
 
 __all__ = ["mix_patches", "partition", "unmix_tokens"]
@@ -106,7 +108,7 @@ def unmix_tokens(
     rounded once.
 
     Args:
-        tokens: (G, P + L, D) prefix tokens, then the tokens of the patches in raster order.
+        tokens: (G, P + L, D) floats: prefix tokens, then the tokens of the patches in raster order.
         mask_token: (D,). position: (P + L, D), rows of the prefix tokens first.
         src: (G, L) int64 in 0..members-1.
         num_prefix: P, 0 or more.
@@ -127,11 +129,13 @@ def unmix_tokens(
     if members < 1:
         raise fail("members", "at least 1", members, "pass the number of images in a mixture")
     _check_src(src, members, (groups, length - num_prefix), tokens.device)
-    for name, tensor, shape in (("mask_token", mask_token, (width,)), ("position", position, (length, width))):
-        if tuple(tensor.shape) != shape:
+    named = {"tokens": tokens, "mask_token": mask_token, "position": position}
+    for (name, tensor), shape in zip(named.items(), (tokens.shape, (width,), (length, width)), strict=True):
+        if tuple(tensor.shape) != tuple(shape):
             raise fail(name, f"shape {shape}", tuple(tensor.shape), "give it the sizes of tokens")
-        if tensor.device != tokens.device:
-            raise fail(name, f"a tensor on {tokens.device} like tokens", tensor.device, "move it")
+        if tensor.device != tokens.device or not is_float(tensor):
+            got = f"{tensor.dtype} on {tensor.device}"
+            raise fail(name, f"floats on {tokens.device} like tokens", got, "move or convert it", TypeError)
     if dispatch.uses_reference("mixing", tokens.device, tokens, mask_token, position):
         return dispatch.reference("mixing").unmix_tokens(tokens, mask_token, position, src, members, num_prefix)
     return UNMIX(tokens, mask_token, position, src, members, num_prefix)

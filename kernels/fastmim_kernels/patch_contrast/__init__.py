@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_like, check_positive, check_rank, fail
+from ..checks import check_like, check_positive, check_rank, fail, is_float
 from ..registration import define
 
 __all__ = ["patch_contrastive_loss"]
@@ -30,7 +30,7 @@ def patch_contrastive_loss(features: Tensor, src: Tensor, temperature: float) ->
     """
     check_rank("features", features, "(G, L, D)")
     groups, length, _ = features.shape
-    if not features.is_floating_point():
+    if not is_float(features):
         raise fail("features", "floats", features.dtype, "convert them", TypeError)
     if groups == 0 or length < 2:
         raise fail("features", "at least 1 mixture of 2 patches", tuple(features.shape), "give a batch of mixtures")

@@ -4,11 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import autocast
+
 
 def patch_contrastive_loss(features: Tensor, src: Tensor, temperature: float) -> Tensor:
     """See the public function."""
     work = torch.promote_types(features.dtype, torch.float32)
-    with torch.autocast(features.device.type, enabled=False):
+    with autocast.disabled(features.device):
         u = F.normalize(features.to(work), dim=-1)
         logits = u @ u.transpose(1, 2) / temperature
         itself = torch.eye(src.shape[1], dtype=torch.bool, device=src.device)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_ids, check_images, check_number, check_patches, check_rank, fail
+from ..checks import check_ids, check_images, check_number, check_patches, check_rank, fail, is_float
 from ..registration import define
 
 __all__ = ["masked_pixel_loss"]
@@ -54,7 +54,7 @@ def masked_pixel_loss(
         raise fail(
             "pred", f"shape {expected}, one row per masked patch", tuple(pred.shape), "predict the masked patches only"
         )
-    if pred.device != images.device or not pred.is_floating_point():
+    if pred.device != images.device or not is_float(pred):
         raise fail(
             "pred", f"floats on {images.device} like images", f"{pred.dtype} on {pred.device}", "move or convert it"
         )
@@ -65,6 +65,8 @@ def masked_pixel_loss(
             f"shape {tuple(ids_masked.shape)}",
             "lower the number of kept patches",
         )
+    if not isinstance(norm, bool):
+        raise fail("norm", "True or False", repr(norm), "pass a bool", TypeError)
     if norm and expected[2] < 2:
         raise fail(
             "norm", "patches of at least 2 values", f"V = {expected[2]}", "pass norm=False: one value has no variance"

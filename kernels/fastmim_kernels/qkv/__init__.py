@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_rank, fail
+from ..checks import check_rank, fail, is_float
 from ..registration import define
 from .reference import attention
 
@@ -30,7 +30,7 @@ def qkv_attention(qkv: Tensor) -> Tensor:
     check_rank("qkv", qkv, "(B, N, 3, H, d)")
     if qkv.shape[2] != 3:
         raise fail("qkv", "(B, N, 3, H, d)", tuple(qkv.shape), "reshape the projection's result to it")
-    if not qkv.is_floating_point():
+    if not is_float(qkv):
         raise fail("qkv", "floats", qkv.dtype, "convert it", TypeError)
     if not qkv.shape[4]:
         raise fail("qkv", "d of at least 1", tuple(qkv.shape), "give each head a channel")

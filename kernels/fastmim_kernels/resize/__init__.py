@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_constants, check_like, check_pair, check_rank, fail, is_readable
+from ..checks import check_constants, check_like, check_pair, check_pixels, check_rank, fail, is_float, is_readable
 from ..registration import define
 
 __all__ = ["random_resized_crop"]
 
 FILTERS = ("bilinear", "bicubic")
+# Of a JPEG file; a typing error asks for more.
+MAX_SIDE = 65535
 
 
 def random_resized_crop(
@@ -50,11 +52,10 @@ def random_resized_crop(
         the op; MAE, arXiv 2111.06377, appendix A.1, for bicubic.
     """
     check_rank("images", images, "(B, C, H, W)")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise fail("images", "uint8 in 0..255 or floats in 0..1", images.dtype, "convert the images", TypeError)
+    check_pixels(images)
     batch, channels, height, width = images.shape
     check_rank("boxes", boxes, "(B, 4)")
-    if boxes.dtype != torch.int64 and not boxes.is_floating_point():
+    if boxes.dtype != torch.int64 and not is_float(boxes):
         raise fail("boxes", "int64 or floats", boxes.dtype, "convert them", TypeError)
     check_like("boxes", boxes, (batch, 4), boxes.dtype, images.device)
     if is_readable(boxes) and batch:
@@ -64,15 +65,15 @@ def random_resized_crop(
             expected = f"(left, top, width, height) inside the {height}x{width} images, not empty"
             raise fail("boxes", expected, boxes.tolist() if batch < 3 else "others", "cut them to the image")
     size = check_pair("size", size)
-    if min(size) < 1 or min(height, width) < 1:
-        raise fail("size", "sides of at least 1 pixel", f"{tuple(size)} of {height}x{width}", "correct size")
+    if min(size) < 1 or min(height, width) < 1 or max(size) > MAX_SIDE:
+        raise fail("size", f"sides of 1..{MAX_SIDE} pixels", f"{tuple(size)} of {height}x{width}", "correct size")
     if interpolation not in FILTERS:
         raise fail("interpolation", f"one of {', '.join(FILTERS)}", repr(interpolation), "correct interpolation")
     if flip is not None:
         check_like("flip", flip, (batch,), torch.bool, images.device)
     check_constants(mean, std, channels)
     is_level = dtype == torch.uint8 and images.dtype == torch.uint8 and mean is None
-    if not isinstance(dtype, torch.dtype) or not (is_level or dtype.is_floating_point):
+    if not (is_level or is_float(dtype)):
         expected = "a floating dtype, or uint8 for uint8 images without mean and std"
         raise fail("dtype", expected, dtype, "use torch.float32 or torch.bfloat16", TypeError)
     if dispatch.uses_reference("resize", images.device, images, dtype):

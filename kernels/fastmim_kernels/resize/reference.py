@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .. import autocast
+
 
 @torch.no_grad()
 def random_resized_crop(
@@ -22,7 +24,7 @@ def random_resized_crop(
     across = weights(left, width, size[1], images.shape[3], interpolation).to(work)
     down = weights(top, height, size[0], images.shape[2], interpolation).to(work)
     is_level = images.dtype == torch.uint8
-    with torch.autocast(images.device.type, enabled=False):
+    with autocast.disabled(images.device):
         x = levels(images.to(work) @ across[:, None].mT, is_level)
         x = levels(down[:, None] @ x, is_level)
     if flip is not None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_ids, check_integer, check_rank, fail
+from ..checks import check_distinct, check_ids, check_integer, check_rank, fail, is_float
 from ..registration import define
 
 __all__ = ["restore_tokens"]
@@ -17,9 +17,9 @@ def restore_tokens(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tens
     ``cat([x[:P], full]) + pos``. Added in float32 or wider, rounded once.
 
     Args:
-        x: (B, P + K, D) prefix tokens, then visible tokens in the order of ids_keep.
+        x: (B, P + K, D) floats: prefix tokens, then visible tokens in the order of ids_keep.
         mask_token: (D,). pos: (P + L, D), rows of the prefix tokens first.
-        ids_restore: (B, L) int64, a permutation of 0..L-1 per image (not checked).
+        ids_restore: (B, L) int64, a permutation of 0..L-1 per image (checked on the CPU only).
         num_prefix: P, 0 or more.
 
     Returns: (B, P + L, D) in the dtype that x, mask_token and pos promote to. Differentiable with respect to those
@@ -34,6 +34,7 @@ def restore_tokens(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tens
     batch, tokens, width = x.shape
     count = ids_restore.shape[1]
     check_ids("ids_restore", ids_restore, batch, count, x.device)
+    check_distinct("ids_restore", ids_restore, count)
     check_integer("num_prefix", num_prefix)
     if not 0 <= num_prefix <= tokens:
         raise fail("num_prefix", f"0..{tokens}, the tokens of x", num_prefix, "correct num_prefix")
@@ -45,9 +46,10 @@ def restore_tokens(x: Tensor, mask_token: Tensor, pos: Tensor, ids_restore: Tens
         raise fail(
             "pos", f"shape ({num_prefix + count}, {width})", tuple(pos.shape), "give one row per prefix token and patch"
         )
-    for name, tensor in (("mask_token", mask_token), ("pos", pos)):
-        if tensor.device != x.device:
-            raise fail(name, f"a tensor on {x.device} like x", tensor.device, "move it")
+    for name, tensor in (("x", x), ("mask_token", mask_token), ("pos", pos)):
+        if tensor.device != x.device or not is_float(tensor):
+            got = f"{tensor.dtype} on {tensor.device}"
+            raise fail(name, f"floats on {x.device} like x", got, "move or convert it", TypeError)
     if dispatch.uses_reference("restore", x.device, x, mask_token, pos):
         return dispatch.reference("restore").restore_tokens(x, mask_token, pos, ids_restore, num_prefix)
     return RESTORE(x, mask_token, pos, ids_restore, num_prefix)

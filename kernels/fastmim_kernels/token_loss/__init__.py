@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..checks import check_integer, check_like, check_rank, fail, is_readable
+from .. import autocast, dispatch
+from ..checks import check_integer, check_like, check_rank, fail, is_float, is_readable
 from ..registration import define, refuse_second_derivative
 
 __all__ = ["TokenLoss", "linear_cross_entropy"]
@@ -45,7 +45,7 @@ def linear_cross_entropy(
     if bias is not None:
         check_rank("bias", bias, "(V,)")
     floats = [x, weight] if bias is None else [x, weight, bias]
-    if any(t.device != x.device or not t.is_floating_point() for t in floats):
+    if any(t.device != x.device or not is_float(t) for t in floats):
         got = ", ".join(f"{t.dtype} on {t.device}" for t in floats)
         raise fail("x, weight, bias", "floats on one device", got, "move or convert them")
     if bias is not None:
@@ -62,9 +62,7 @@ def linear_cross_entropy(
         raise fail("chunk", "at least 1 row", chunk, "correct chunk")
     if dispatch.uses_reference("token_loss", x.device, x, weight, bias):
         return TokenLoss(*dispatch.reference("token_loss").linear_cross_entropy(x, weight, bias, labels, chunk=chunk))
-    work = torch.promote_types(x.dtype, weight.dtype)
-    if torch.is_autocast_enabled(x.device.type):
-        work = torch.get_autocast_dtype(x.device.type)
+    work = autocast.dtype(x.device) or torch.promote_types(x.dtype, weight.dtype)
     is_training = torch.is_grad_enabled()
     needs = [is_training and t is not None and t.requires_grad for t in (x, weight, bias)]
     chunk = chunk or dispatch.reference("token_loss").default_chunk(x.device.type)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import autocast
+
 # Rows at a time by device type. CPU: 1568 rows, D = 256, V = 8192, forward and backward with chunks of 64, 256, 1024:
 # 196, 185, 206 ms in float32, 136, 99, 133 ms in bfloat16; without chunks 255 and 197 ms (1 thread, median of 7).
 # Elsewhere large enough to fill the device: 128 MiB of float32 logits at V = 8192.
@@ -22,8 +24,8 @@ def linear_cross_entropy(
     """See the public function."""
     chunk = chunk or default_chunk(x.device.type)
     work = torch.promote_types(x.dtype, weight.dtype)
-    if torch.is_autocast_enabled(x.device.type) and work != torch.float64:
-        work = torch.get_autocast_dtype(x.device.type)
+    if work != torch.float64:
+        work = autocast.dtype(x.device) or work
     return ChunkedCrossEntropy.apply(x, weight, bias, labels, chunk, work, torch.is_grad_enabled())
 
 
@@ -40,7 +42,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_x = x.new_empty(x.shape, dtype=sums) if needs_x else None
         grad_weight = weight.new_zeros(weight.shape, dtype=sums) if needs_weight else None
         grad_bias = weight.new_zeros(vocabulary, dtype=sums) if needs_bias else None
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast.disabled(x.device):
             matrix = weight.to(work)
             for start in range(0, rows, chunk):
                 part = slice(start, start + chunk)

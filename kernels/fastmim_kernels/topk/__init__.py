@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_integer, check_like, check_positive, check_rank, fail
+from ..checks import check_integer, check_like, check_positive, check_rank, fail, is_float
 from ..registration import define
 
 __all__ = ["topk_attention"]
@@ -48,9 +48,11 @@ def topk_attention(
         if tensor.shape != q.shape or tensor.device != q.device:
             got = f"{tuple(tensor.shape)} on {tensor.device}"
             raise fail(name, f"{tuple(q.shape)} on {q.device} like q", got, "give q, k and v one shape and device")
-        if tensor.dtype != q.dtype or not q.is_floating_point():
+        if tensor.dtype != q.dtype or not is_float(q):
             raise fail(name, "floats of one dtype for q, k and v", f"{q.dtype}, {tensor.dtype}", "convert", TypeError)
     length = q.shape[2]
+    if not q.shape[3]:
+        raise fail("q", "d of at least 1", tuple(q.shape), "give each head a channel")
     check_integer("num_prefix", num_prefix)
     check_integer("topk", topk)
     if not 0 <= num_prefix < length:

@@ -20,7 +20,7 @@ BLOCK = 1 << 19
 
 def _blocks(batch: int, heads: int, length: int) -> Iterator[tuple[slice, slice]]:
     """Ranges of images and of heads: several whole images, or part of one."""
-    at_once = max(1, BLOCK // length**2)
+    at_once, heads = max(1, BLOCK // length**2), max(1, heads)
     images, heads_at_once = max(1, at_once // heads), min(heads, at_once)
     for b in range(0, batch, images):
         for h in range(0, heads, heads_at_once):

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import autocast
+
 
 def topk_attention(
     q: Tensor,
@@ -18,7 +20,7 @@ def topk_attention(
     """See the public function."""
     work = torch.promote_types(q.dtype, torch.float32)
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    with torch.autocast(q.device.type, enabled=False):
+    with autocast.disabled(q.device):
         # Scores of bfloat16 are 2**-8 apart: many keys would tie with the K-th.
         scores = (q.to(work) * scale) @ k.to(work).transpose(-2, -1)
         with torch.no_grad():

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_float_dtype, check_images, check_like, check_positive, fail
+from ..checks import check_float_dtype, check_images, check_like, check_positive, describe, fail, is_float
 from ..registration import define
 
 __all__ = ["ColorJitter", "shift_flip_jitter"]
+
+# Pixels; an image of the largest usual size is one color then. Each image's borders take three times as much memory.
+MAX_SIGMA = 1000
 
 
 class ColorJitter(NamedTuple):
@@ -65,7 +68,7 @@ def shift_flip_jitter(
     Source: torchvision ``transforms.v2.functional`` (adjust_*, gaussian_blur) for the formulas; ZhichengHuang/CMAE
         auto_augment.py for which steps a view has.
     """
-    check_images(images, size, offset, flip, mean, std)
+    size = check_images(images, size, offset, flip, mean, std)
     batch = images.shape[0]
     if jitter is not None:
         if not isinstance(jitter, (tuple, list)) or len(jitter) != 6:
@@ -80,8 +83,12 @@ def shift_flip_jitter(
     if blur_sigma is not None:
         _check_amount("blur_sigma", blur_sigma, images)
         check_positive("max_blur_sigma", max_blur_sigma)
+        if max_blur_sigma > MAX_SIGMA:
+            raise fail("max_blur_sigma", f"at most {MAX_SIGMA} pixels", max_blur_sigma, "blur less")
     check_float_dtype(dtype)
-    size = tuple(size)
+    if images.is_meta:
+        # Its reference looks at values.
+        return allocate(images, size, dtype)
     if dispatch.uses_reference("views", images.device, images, dtype):
         return dispatch.reference("views").shift_flip_jitter(
             images, size=size, offset=offset, flip=flip, jitter=jitter, grey=grey, blur_sigma=blur_sigma,
@@ -96,9 +103,8 @@ def shift_flip_jitter(
 
 
 def _check_amount(name: str, amount: Tensor, images: Tensor) -> None:
-    if not isinstance(amount, Tensor) or not amount.is_floating_point():
-        got = amount.dtype if isinstance(amount, Tensor) else type(amount).__name__
-        raise fail(name, "a float tensor", got, "pass one number per image", TypeError)
+    if not is_float(amount):
+        raise fail(name, "a float tensor", describe(amount), "pass one number per image", TypeError)
     check_like(name, amount, (images.shape[0],), amount.dtype, images.device)
 
 
