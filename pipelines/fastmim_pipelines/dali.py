@@ -5,17 +5,12 @@ DALI's dynamic mode is called like a function, so nothing of a run's state is in
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
-from .device_decode import DeviceReader, import_or_advise, one_thread
-from .index import ImageIndex, open_index
-from .loader import CropLoader
-from .spec import CropSpec
+from .device_decode import DeviceLoader, DeviceReader, import_or_advise
 
 PACKAGE = "nvidia-dali-cuda130"
 
@@ -54,23 +49,7 @@ class DaliReader(DeviceReader):
         return [list(batch.to(torch.uint8).permute(0, 3, 1, 2)) for batch in resized]
 
 
-class DaliLoader(CropLoader):
-    """Batches of random crops, decoded by DALI in a thread of this process.
+class DaliLoader(DeviceLoader):
+    """See DeviceLoader."""
 
-    Args:
-        data: see index.open_index, or an index.
-        crops, workers, options: see CropLoader; workers must be 0 or None.
-    Raises:
-        ModuleNotFoundError: DALI is not installed; the message has the command.
-    """
-
-    def __init__(
-        self,
-        data: str | os.PathLike[str] | ImageIndex,
-        crops: Sequence[CropSpec],
-        *,
-        workers: int | None = 0,
-        **options: Any,
-    ):
-        index = open_index(data) if isinstance(data, str | os.PathLike) else data
-        super().__init__(index, crops, reader_class=DaliReader, **one_thread(workers, options))
+    reader_class = DaliReader

@@ -282,11 +282,14 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _from_array(source: Encoded, in_chans: int) -> Picture:
-    if isinstance(source, str):
-        os.close(_open(source))  # says what is wrong
     # Mapped or compared with the bytes at hand, so that a header which claims a giant array fails on the size and not on
     # memory.
-    array = np.load(source, mmap_mode="r", allow_pickle=False) if isinstance(source, str) else _array_of(source)
+    if isinstance(source, str):
+        os.close(_open(source))  # says what is wrong
+        with np.errstate(over="raise"):  # the size itself may be more than 64 bits hold
+            array = np.load(source, mmap_mode="r", allow_pickle=False)
+    else:
+        array = _array_of(source)
     is_usable = isinstance(array, np.ndarray) and array.dtype.kind == "u" and array.dtype.itemsize <= 2
     if not is_usable or array.ndim not in (2, 3) or not array.size:
         raise _Unusable(f"expected a uint8 or uint16 array (H, W) or (H, W, {in_chans}), got {_describe(array)}")

@@ -7,6 +7,8 @@ so that nothing beside the box has a weight. Measured on CPUs against Pillow, se
 from __future__ import annotations
 
 import io
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
@@ -18,8 +20,10 @@ from PIL import Image
 from torch import Tensor
 
 from .decode import Box, read_bytes, read_picture
+from .index import ImageIndex, open_index
+from .loader import CropLoader
 from .native_decode import Encoded, load
-from .spec import DataError
+from .spec import CropSpec, DataError
 
 _TAIL = 1 << 16  # bytes behind an image that are tolerated
 _END = b"\xff\xd9"
@@ -35,14 +39,7 @@ def import_or_advise(module: str, package: str, name: str) -> ModuleType:
         ) from e
 
 
-def one_thread(workers: int | None, options: dict[str, Any]) -> dict[str, Any]:
-    """Options of CropLoader for one thread ahead of need: a library that has its own threads, and perhaps the GPU."""
-    if workers:
-        raise ValueError(f"workers: expected 0 or None, got {workers}: the decoder runs in this process.")
-    return options | {"workers": 0, "threads": 1}
-
-
-class DeviceReader:
+class DeviceReader(ABC):
     """The same interface as CropReader, for a decoder that fills tensors on a device.
 
     Args:
@@ -68,12 +65,12 @@ class DeviceReader:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # that of the thread that uses it
         self.reason = f"{self.name} decodes on {self.device.type}"
 
+    @abstractmethod
     def decode(self, datas: list[np.ndarray], boxes: list[tuple[int, int, int, int]], sizes: list[tuple[int, int]]):
         """The box of each file resized to each size. Runs on `device`.
 
         Returns: per size a list with, for each file, uint8 (3, height, width), or None if it cannot be decoded.
         """
-        raise NotImplementedError
 
     def read(
         self,
@@ -121,6 +118,35 @@ class DeviceReader:
                     else:
                         out[k][number] = picture
         return failed
+
+
+class DeviceLoader(CropLoader):
+    """Batches of random crops, decoded by another library in one thread of this process: it has threads of its own, and
+    perhaps the GPU.
+
+    Args:
+        data: see index.open_index, or an index.
+        crops, options: see CropLoader.
+        workers: 0 or None.
+    Raises:
+        ValueError: other `workers`, crops or channels than the decoder has.
+        ModuleNotFoundError: the library is not installed; the message has the command.
+    """
+
+    reader_class: type[DeviceReader]
+
+    def __init__(
+        self,
+        data: str | os.PathLike[str] | ImageIndex,
+        crops: Sequence[CropSpec],
+        *,
+        workers: int | None = 0,
+        **options: Any,
+    ):
+        if workers:
+            raise ValueError(f"workers: expected 0 or None, got {workers}: the decoder runs in this process.")
+        index = open_index(data) if isinstance(data, str | os.PathLike) else data
+        super().__init__(index, crops, reader_class=self.reader_class, **options | {"workers": 0, "threads": 1})
 
 
 def _bytes_of(image: Encoded) -> np.ndarray | None:

@@ -5,7 +5,6 @@ It decodes the box; torch resizes it, on the same device.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .device_decode import DeviceReader, import_or_advise, one_thread
-from .index import ImageIndex, open_index
-from .loader import CropLoader
-from .spec import CropSpec
+from .device_decode import DeviceLoader, DeviceReader, import_or_advise
 
 PACKAGE = "nvidia-nvimgcodec-cu13"
 
@@ -67,23 +63,7 @@ def _resize(region: Tensor, size: tuple[int, int]) -> Tensor:
     return resized[0].round().clamp(0, 255).to(torch.uint8)
 
 
-class NvimgcodecLoader(CropLoader):
-    """Batches of random crops, decoded by nvImageCodec in a thread of this process.
+class NvimgcodecLoader(DeviceLoader):
+    """See DeviceLoader."""
 
-    Args:
-        data: see index.open_index, or an index.
-        crops, workers, options: see CropLoader; workers must be 0 or None.
-    Raises:
-        ModuleNotFoundError: nvImageCodec is not installed; the message has the command.
-    """
-
-    def __init__(
-        self,
-        data: str | os.PathLike[str] | ImageIndex,
-        crops: Sequence[CropSpec],
-        *,
-        workers: int | None = 0,
-        **options: Any,
-    ):
-        index = open_index(data) if isinstance(data, str | os.PathLike) else data
-        super().__init__(index, crops, reader_class=NvimgcodecReader, **one_thread(workers, options))
+    reader_class = NvimgcodecReader

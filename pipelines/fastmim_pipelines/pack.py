@@ -20,7 +20,7 @@ from PIL import Image
 from .cores import available_cores
 from .decode import read_bytes, read_picture
 from .ffcv_file import DEFAULT_PAGE, MOST_PAGE, BetonWriter
-from .index import ImageIndex
+from .index import EXTENSIONS, ImageIndex
 from .loader import BadImage
 from .native_decode import Encoded, FileSpan
 from .spec import DataError, printable
@@ -32,6 +32,7 @@ DEFAULT_QUALITY = 90  # Source: FFCV's ImageNet benchmark, scripts/write_imagene
 _SHARD_BYTES = 256 << 20
 _CHUNK = 32  # images per request to a worker
 _CHECKSUMS = "checksums.npz"
+_ENDINGS = {"PNG": ".png", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
 
 
 class Packed(NamedTuple):
@@ -188,7 +189,7 @@ class _Recoder:
             raise DataError(name, path=name, reason=f"cannot be read ({e.strerror})") from e
         is_jpeg = data.startswith(b"\xff\xd8\xff") and not is_raw
         if self.quality is None and (is_jpeg or (self.keeps_other_formats and not is_raw)):
-            extension = ".jpg" if is_jpeg else os.path.splitext(self.index.name(sample_id))[1].lower()
+            extension = ".jpg" if is_jpeg else _ending(self.index.name(sample_id), data)
             return _Recoded(sample_id, data, extension, (picture.width, picture.height), False)
         if len(picture.planes) > 1:
             raise DataError(name, path=name, reason="an array cannot become a JPEG file or raw pixels")
@@ -202,6 +203,12 @@ class _Recoder:
         else:
             return _Recoded(sample_id, image.convert("RGB").tobytes(), "", image.size, True)
         return _Recoded(sample_id, out.getvalue(), ".png" if self.quality is None else ".jpg", image.size, False)
+
+
+def _ending(name: str, data: bytes) -> str:
+    """What tells readers of a tar file that a member is an image; the rows of a table have no such names."""
+    ending = os.path.splitext(name)[1].lower()
+    return ending if ending in EXTENSIONS else _ENDINGS[Image.open(io.BytesIO(data), formats=list(_ENDINGS)).format]
 
 
 def new_size(size: tuple[int, int], resize: Resize) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class TarIndex:
         table = _load(self.root, self._shards) or _make(self.root, self._shards)
         self._shard, self._offset, self._size = table["shard"], table["offset"], table["size"]
         self._names = Names(table["names"], table["ends"])
-        self.damage = [tuple(pair) for pair in json.loads(table["damage"].tobytes())]
+        self.damage = _damage(table)
         if not len(self):
             raise DataError(
                 f"{printable(self.root)}: expected images ({' '.join(EXTENSIONS)}) in the tar files, got none"
@@ -163,17 +163,24 @@ def _load(root: str, shards: Sequence[str]) -> dict[str, np.ndarray] | None:
 
 def _is_sound(table: dict[str, np.ndarray], shards: Sequence[str]) -> bool:
     """Whether every image lies within its shard: the file is not ours alone to write."""
-    shard, offset, size, ends = (table[key] for key in ("shard", "offset", "size", "ends"))
+    shard, offset, size, label, ends = columns = [table[key] for key in ("shard", "offset", "size", "label", "ends")]
+    if any(column.ndim != 1 or column.dtype.kind != "i" for column in columns) or table["names"].dtype != np.uint8:
+        return False
     sizes = np.array([os.stat(path).st_size for path in shards])
     return bool(
-        len(shard) == len(offset) == len(size) == len(ends) == len(table["label"])
+        len(shard) == len(offset) == len(size) == len(ends) == len(label)
         and (not len(ends) or (shard.min() >= 0 and shard.max() < len(shards)))
         and (offset >= 0).all()
         and (size >= 0).all()
-        and (offset + size <= sizes[shard]).all()
+        and (offset <= sizes[shard] - size).all()  # the sum of the two may be more than 64 bits hold
         and (np.diff(ends, prepend=0) >= 0).all()
         and (not len(ends) or ends[-1] == len(table["names"]))
+        and all(isinstance(path, str) and isinstance(reason, str) for path, reason in _damage(table))
     )
+
+
+def _damage(table: dict[str, np.ndarray]) -> list[tuple[str, str]]:
+    return [tuple(pair) for pair in json.loads(table["damage"].tobytes())]
 
 
 def _make(root: str, shards: Sequence[str]) -> dict[str, np.ndarray]:

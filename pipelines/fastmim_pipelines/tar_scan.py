@@ -105,10 +105,10 @@ def _number(field: bytes, at: int) -> int:
         if field[0] & 0x40 or number >> 62:
             raise Damage(f"impossible size at byte {at}")
         return number
-    try:
-        return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
-    except ValueError:
-        raise Damage(f"no tar header at byte {at}") from None
+    digits = field.split(b"\0", 1)[0].strip()
+    if digits.strip(b"01234567"):  # int() would take a sign, too, and a negative size leads back to where we are
+        raise Damage(f"no tar header at byte {at}")
+    return int(digits or b"0", 8)
 
 
 def _decimal(text: bytes, at: int) -> int:

@@ -27,6 +27,7 @@ from torch.utils.data._utils import signal_handling
 
 from .cores import default_workers
 from .decode import CropReader
+from .spec import DataError
 
 # Else torch, on a worker's death, raises in the main thread wherever that is: in the middle of a forward pass, where nobody
 # starts the worker again. Who waits for a batch finds out by itself.
@@ -108,7 +109,7 @@ class Answers:
         timeout_s: longest silence of a worker.
         on_silence: called now and then with the seconds of silence while an answer is waited for; may raise.
     Raises:
-        ValueError: the shared memory is too small.
+        DataError: the shared memory is too small.
         RuntimeError: (from the iterator) a worker died or was silent for too long.
     """
 
@@ -391,7 +392,7 @@ def most_workers(result_bytes: int) -> float:
 def _check_shared_memory(workers: int, result_bytes: int) -> None:
     most, needed_mib = most_workers(result_bytes), ((workers * PREFETCH + 1) * result_bytes >> 20) + 1
     if workers > most:
-        raise ValueError(
+        raise DataError(
             f"workers: expected at most {most:.0f} for the free space of {_SHARED_MEMORY}, got {workers}; "
             f"use that, or start the container with --shm-size={2 * needed_mib}m."
         )

@@ -1,19 +1,47 @@
-"""Odd and broken image files, made here: what a crawl of the web, a full disk or an enemy leaves in a data set."""
+"""Odd and broken image files, made here: what a crawl of the web, a full disk or an enemy leaves in a data set.
+
+And what the tests that read them have in common.
+"""
 
 import gzip
 import io
 import struct
 import tarfile
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import pytest
+from fastmim_pipelines import CropSpec, make_loader
 from PIL import Image, ImageCms
 
 GOOD, BAD, ANY = "good", "bad", "any"
 SIZE = (56, 44)
+CROPS = (CropSpec((24, 20)), CropSpec((9, 9), view=1))
+BATCH = 20
+SECONDS = 30  # the longest that reading them may take
+# Pillow warns of much that is refused, or read in spite of it.
+PILLOW_WARNS = [
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+]
+MARKS = [pytest.mark.timeout(2 * SECONDS), *PILLOW_WARNS]
+
+
+def first_epoch(name: str, data, **options):
+    """(ids and pixels of each batch, the loader, closed)."""
+    options = {"batch_size": BATCH, "on_bad_image": "skip", "bad_image_budget": 2.0} | options
+    loader, _ = make_loader(name, CROPS, data=data, **options)
+    began = time.monotonic()
+    try:
+        batches = [(batch.ids.tolist(), [crop.cpu().numpy() for crop in batch.crops]) for batch in loader.epoch(0)]
+    finally:
+        loader.close()
+    assert time.monotonic() - began < SECONDS
+    return batches, loader
 
 
 class Case(NamedTuple):

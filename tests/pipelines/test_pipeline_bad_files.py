@@ -10,33 +10,25 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import bad_files
 import numpy as np
 import pytest
 import torch
-from bad_files import ANY, BAD, GOOD
-from fastmim_pipelines import CropSpec, make_loader, native_decode
+from bad_files import ANY, BAD, CROPS, GOOD, MARKS, SECONDS, first_epoch
+from fastmim_pipelines import make_loader, native_decode
 from fastmim_pipelines.decode import CropReader
-from fastmim_pipelines.ffcv_file import LEAST_PAGE, BetonIndex, BetonWriter
-from fastmim_pipelines.index import FolderIndex, open_index
+from fastmim_pipelines.ffcv_file import LEAST_PAGE, BetonWriter
 from fastmim_pipelines.native_decode import FileSpan
 from fastmim_pipelines.spec import DataError
-from fastmim_pipelines.tar import TarIndex
+
+pytestmark = MARKS
 
 CASES = bad_files.corpus()
 PLAIN = 42  # good pictures among them
-CROPS = (CropSpec((24, 20)), CropSpec((9, 9), view=1))
-BATCH = 20
+
 KINDS = ("folder", "tar", "ffcv", "hf")
-SECONDS = 30  # the longest that anything may take here
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
-    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
-    pytest.mark.timeout(2 * SECONDS),
-]
 
 
 def has(module: str) -> bool:
@@ -90,19 +82,6 @@ def poison(monkeypatch, byte: int) -> None:
         return tensor.fill_(byte) if tensor.dtype == torch.uint8 else tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def first_epoch(name: str, data, **options):
-    """(ids and pixels of each batch, the loader, closed)."""
-    options = {"batch_size": BATCH, "on_bad_image": "skip", "bad_image_budget": 2.0} | options
-    loader, _ = make_loader(name, CROPS, data=data, **options)
-    began = time.monotonic()
-    try:
-        batches = [(batch.ids.tolist(), [crop.cpu().numpy() for crop in batch.crops]) for batch in loader.epoch(0)]
-    finally:
-        loader.close()
-    assert time.monotonic() - began < SECONDS
-    return batches, loader
 
 
 def assert_same(a, b) -> None:
@@ -272,194 +251,3 @@ def test_bombs_are_refused_by_their_headers(tmp_path):
     *counts, growth = done.stdout.split("\n")[:3] or [""]
     assert counts == [f"{len(bombs) + 4} {len(bombs)}"] * 2, done.stderr
     assert int(growth) < 64 << 10  # kB
-
-
-# -- what happens during a run -----------------------------------------------------------------------------------------
-
-
-def gone(path: Path) -> None:
-    path.unlink()
-
-
-def emptied(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def cut(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def replaced_by_a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def replaced_by_a_pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def replaced_by_a_link_to_itself(path: Path) -> None:
-    path.unlink()
-    path.symlink_to(path)
-
-
-HARMS = (gone, emptied, cut, replaced_by_a_folder, replaced_by_a_pipe, replaced_by_a_link_to_itself)
-
-
-@pytest.mark.parametrize("options", [{"workers": 0}, {"threads": 3}, {"workers": 1}], ids=str)
-def test_files_that_change_during_a_run_are_told_or_replaced(tmp_path, options):
-    for i in range(48):
-        (tmp_path / f"{i:02d}.jpg").write_bytes(bad_files.encoded(image=bad_files.picture(i)))
-    index = FolderIndex(tmp_path)
-    settings = {"batch_size": 6, "on_bad_image": "skip", "bad_image_budget": 1.0} | options
-    loader, _ = make_loader("folder", CROPS, data=index, **settings)
-    began = time.monotonic()
-    running = loader.epoch(0)
-    next(running)
-    for i in range(0, 48, 4):
-        HARMS[i // 4 % len(HARMS)](Path(index.path(i)))
-    # What was read ahead is whole; after it, every changed file is replaced and told once.
-    assert len(list(running)) == 7
-    assert all(len(batch.ids) == 6 for batch in loader.epoch(1))
-    loader.close()
-    assert {path for path, _ in loader.bad_images} == {index.path(i) for i in range(0, 48, 4)}
-    loader, _ = make_loader("folder", CROPS, data=index, **(settings | {"on_bad_image": "error"}))
-    with pytest.raises(DataError, match=r"\d\d\.jpg: .*\(sample \d+\)"):
-        list(loader.epoch(0))
-    loader.close()
-    assert time.monotonic() - began < SECONDS
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
-def test_files_that_may_not_be_read_are_told(tmp_path):
-    (tmp_path / "a.jpg").write_bytes(bad_files.encoded())
-    (tmp_path / "a.jpg").chmod(0)
-    loader, _ = make_loader("folder", CROPS, data=tmp_path, batch_size=1)
-    with pytest.raises(DataError, match=r"a\.jpg: cannot be read \(Permission denied\)"):
-        next(loader.epoch(0))
-
-
-def test_a_beton_file_that_is_cut_during_a_run_is_told(tmp_path):
-    with BetonWriter(tmp_path / "x.beton", 48, LEAST_PAGE) as writer:
-        for i in range(48):
-            writer.add(bad_files.encoded(image=bad_files.picture(i)), -1, (1, 1))
-    for options in ({"workers": 0}, {"threads": 2}, {"workers": 1}):
-        copy = shutil.copy(tmp_path / "x.beton", tmp_path / "y.beton")
-        loader, _ = make_loader("ffcv", CROPS, data=copy, batch_size=6, **options)
-        running = loader.epoch(0)
-        next(running)
-        os.truncate(copy, LEAST_PAGE + 100)
-        with pytest.raises(DataError, match=r"y\.beton: sample \d+: .*cut short.*--on-bad-image skip"):
-            list(running) and list(loader.epoch(1))
-        loader.close()
-
-
-# -- containers --------------------------------------------------------------------------------------------------------
-
-
-def hostile_members() -> list[tarfile.TarInfo]:
-    members = []
-    for name in (
-        "../evil.jpg", "../../evil.jpg", "/tmp/evil.jpg", "a/../../evil.jpg", "./../evil.jpg", "//evil.jpg", "..\\evil.jpg",
-        "C:\\evil.jpg", "a/b/../../../evil.jpg", "~/evil.jpg", "evil\0.jpg", "evil\n.jpg", "$(touch evil).jpg",
-        "pipe:touch evil.jpg", "file:///etc/passwd.jpg", "|touch evil.jpg", "evil.pkl", "evil.pyd", "evil.pth",
-    ):  # fmt: skip
-        member = tarfile.TarInfo(name)
-        member.size = 10
-        members.append(member)
-    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE):
-        for target in ("/etc/passwd", "../../evil"):
-            member = tarfile.TarInfo(f"link-{kind[0]}.jpg")
-            member.type, member.linkname = kind, target
-            members.append(member)
-    return members
-
-
-def test_nothing_of_a_hostile_tar_file_reaches_the_disk(tmp_path, monkeypatch):
-    (tmp_path / "data").mkdir()
-    members = hostile_members()
-    assert len(members) >= 25
-    with tarfile.open(tmp_path / "data" / "x.tar", "w") as tar:
-        for member in members:
-            tar.addfile(member, io.BytesIO(b"cos\nsystem"))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "data" / "cache"))
-    before = sorted(Path("/tmp").glob("evil*"))
-    with pytest.raises(DataError):
-        first_epoch("tar", tmp_path / "data", batch_size=1, on_bad_image="error")
-    index = TarIndex(tmp_path / "data")
-    assert all(index.name(i).endswith(".jpg") for i in range(len(index)))
-    assert {path.name for path in tmp_path.rglob("*")} == {"data", "x.tar", ".fastmim-index.npz"}
-    assert sorted(Path("/tmp").glob("evil*")) == before
-
-
-def test_a_tar_file_that_is_damaged_anywhere_is_told_and_its_rest_is_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    pictures = [bad_files.encoded(image=bad_files.picture(i)) for i in range(6)]
-    path = tmp_path / "x.tar"
-    with tarfile.open(path, "w") as tar:
-        for i, data in enumerate(pictures):
-            member = tarfile.TarInfo(f"{i % 5}.jpg")  # one name twice
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    data, rng, told = path.read_bytes(), np.random.default_rng(0), 0
-    for trial in range(60):
-        place, length = int(rng.integers(len(data))), int(rng.integers(1, 600))
-        harmed = data[:place] if trial % 2 else data[:place] + rng.bytes(length) + data[place + length :]
-        path.write_bytes(harmed)
-        for index_file in tmp_path.glob("*.npz"):
-            index_file.unlink()
-        try:
-            index = open_index(path)
-        except DataError as e:  # not one image is left
-            assert e.exit_code == 2 and "x.tar" in str(e)
-            continue
-        told += bool(index.damage)
-        assert index.damage or len(index) == 6 or place >= len(data) - 20 * 512
-        batches, loader = first_epoch("tar", index, batch_size=1)
-        assert len(batches) == len(index) or len(index) == 1
-        assert all(bad.startswith(f"{path}") for bad, _ in loader.bad_images)
-        for sample_id, span in enumerate(index.encoded(range(len(index)))):
-            assert 0 <= span.offset <= span.offset + span.size <= len(harmed), sample_id
-    assert told > 20
-
-
-def test_a_beton_file_of_any_bytes_neither_crashes_nor_reads_beyond_it(tmp_path):
-    """Some hundred mutations of header, metadata and table, decoded as a loader would."""
-    path = tmp_path / "x.beton"
-    with BetonWriter(path, 8, LEAST_PAGE) as writer:
-        for i in range(8):
-            image = bad_files.picture(i, (20, 16))
-            raw = i % 2 == 0
-            writer.add(image.tobytes() if raw else bad_files.encoded(image=image), i, (20, 16), is_raw=raw)
-    size = path.stat().st_size
-    table = size - 8 * 24
-    reader = CropReader([((6, 7), "bicubic")], 3)
-    rng, read = np.random.default_rng(0), 0
-    extremes = [0, 1, 7, 255, 2**16 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1, size, size - 1]
-    with open(path, "r+b", buffering=0) as file:
-        for _ in range(300):
-            undo = []
-            for _ in range(int(rng.integers(1, 4))):
-                first, last = ((0, 24), (24, 2 * 1041 + 24), (2 * 1041 + 24, 2 * 1041 + 24 + 8 * 24), (table, size))[
-                    rng.integers(4)
-                ]
-                width = int(rng.choice([1, 2, 4, 8]))
-                place = int(rng.integers(first, last - width + 1))
-                value = int(rng.choice(extremes)) if rng.integers(2) else int(rng.integers(256))
-                undo.append((place, os.pread(file.fileno(), width, place)))
-                os.pwrite(file.fileno(), (value % 256**width).to_bytes(width, "little"), place)
-            try:
-                index = BetonIndex(path)
-            except DataError as e:
-                assert e.exit_code == 2
-            else:
-                some = range(min(len(index), 16))
-                spans = index.encoded(some)
-                assert all(s.size == 0 or 0 <= s.offset < s.offset + s.size <= size for s in spans)
-                out = np.zeros((len(some), 3, 6, 7), np.uint8)
-                errors = reader.read(spans, [index.path(i) for i in some], lambda i, w, h: [(1, 1, w, h)], [out])
-                read += sum(error is None for error in errors)
-            for place, before in reversed(undo):
-                os.pwrite(file.fileno(), before, place)
-    assert read > 500 and len(BetonIndex(path)) == 8

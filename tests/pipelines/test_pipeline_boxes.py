@@ -1,7 +1,6 @@
 """Crops centered inside boxes: the sampling against a second implementation, and loaders that never mix old and new."""
 
 import math
-import multiprocessing
 
 import numpy as np
 import pytest
@@ -290,12 +289,12 @@ def test_folder_new_boxes_hold_from_the_next_epoch_call_on(loader_of, workers, t
 
 
 @pytest.mark.parametrize("workers, threads", [(0, None), (2, None), (0, 3)])
-def test_folder_new_boxes_end_iterators_with_old_ones(loader_of, workers, threads):
+def test_folder_new_boxes_end_iterators_with_old_ones(loader_of, workers, threads, children):
     loader = loader_of(workers=workers, threads=threads)
     running = loader.epoch(0)
     first = next(running)
     loader.set_boxes(random_boxes(60))
-    assert multiprocessing.active_children() == []
+    assert children() == []
     with pytest.raises(RuntimeError, match="use the newest iterator only"):
         next(running)
     again = next(loader.epoch(0))

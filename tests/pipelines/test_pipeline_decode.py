@@ -8,11 +8,13 @@ import zlib
 
 import numpy as np
 import pytest
+from bad_files import PILLOW_WARNS
 from fastmim_pipelines.decode import read_picture
 from fastmim_pipelines.native_decode import FileSpan
 from fastmim_pipelines.spec import DataError, printable
 from PIL import Image
 
+pytestmark = PILLOW_WARNS
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (40, 60, 3), dtype=np.uint8)
 FORMATS = {

@@ -1,6 +1,5 @@
 """The evaluation reader: center crops in the order of the index, each image once over all ranks."""
 
-import multiprocessing
 import shutil
 
 import numpy as np
@@ -30,12 +29,12 @@ def test_evaluation_gives_center_crops_in_index_order(demo_set):
 
 
 @pytest.mark.parametrize("options", [{"workers": 2}, {"batch_size": 3}, {"batch_size": 100}], ids=str)
-def test_evaluation_does_not_depend_on_workers_or_batches(demo_set, options):
+def test_evaluation_does_not_depend_on_workers_or_batches(demo_set, options, children):
     expected = joined(list(EvalReader(demo_set / "val", (16, 24))))
     reader = EvalReader(demo_set / "val", (16, 24), **options)
     for _ in range(2):
         assert all(map(torch.equal, joined(list(reader)), expected))
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
 
 @pytest.mark.parametrize(("world", "limit"), [(2, None), (3, None), (3, 7), (8, 5)])
@@ -65,7 +64,7 @@ def test_evaluation_of_unlabeled_images_gives_minus_one(demo_set):
     assert labels.tolist() == [-1, -1]
 
 
-def test_evaluation_stops_at_or_leaves_out_bad_images(demo_set, tmp_path):
+def test_evaluation_stops_at_or_leaves_out_bad_images(demo_set, tmp_path, children):
     shutil.copytree(demo_set / "val", tmp_path / "val")
     index = FolderIndex(tmp_path / "val")
     with open(index.path(7), "wb"):
@@ -75,7 +74,7 @@ def test_evaluation_stops_at_or_leaves_out_bad_images(demo_set, tmp_path):
     reader = EvalReader(index, (8, 8), batch_size=1, on_bad_image="skip")
     assert joined(list(reader))[2].tolist() == [i for i in range(20) if i != 7]
     assert reader.bad_images == [(index.path(7), "the file is empty")]
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
 
 @pytest.mark.parametrize("wrong", [{"limit": 0}, {"batch_size": 0}, {"rank": 1}, {"in_chans": 0}], ids=str)

@@ -1,6 +1,5 @@
 """The folder loader: the same pixels for any workers, ranks and starting point, and bad images dealt with as agreed."""
 
-import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -113,8 +112,6 @@ def test_folder_orders_and_crops_differ_between_epochs_and_seeds(demo_set, loade
 
 
 def test_folder_leaves_the_global_random_state_alone(demo_set, loader_of):
-    torch.manual_seed(0)
-    np.random.seed(0)
     before, numpy_before = torch.random.get_rng_state(), np.random.get_state()[1].copy()
     take(loader_of(demo_set / "train", workers=1), count=2)
     take(loader_of(demo_set / "train"), count=2)
@@ -122,26 +119,26 @@ def test_folder_leaves_the_global_random_state_alone(demo_set, loader_of):
     assert np.array_equal(np.random.get_state()[1], numpy_before)
 
 
-def test_folder_workers_live_on_across_epochs(demo_set, loader_of):
+def test_folder_workers_live_on_across_epochs(demo_set, loader_of, children):
     loader = loader_of(demo_set / "train", workers=2)
     take(loader, 0)
-    workers = {process.pid for process in multiprocessing.active_children()}
+    workers = {process.pid for process in children()}
     take(loader, 1, count=3)
     take(loader, 1, start_step=3)
     take(loader, 2)
-    assert {process.pid for process in multiprocessing.active_children()} == workers and len(workers) == 2
+    assert {process.pid for process in children()} == workers and len(workers) == 2
     take(loader, 1, count=1)
-    assert not workers & {process.pid for process in multiprocessing.active_children()}
+    assert not workers & {process.pid for process in children()}
 
 
-def test_folder_close_may_be_repeated_and_leaves_no_process(demo_set, loader_of):
+def test_folder_close_may_be_repeated_and_leaves_no_process(demo_set, loader_of, children):
     loader = loader_of(demo_set / "train", workers=2)
     running = loader.epoch(0)
     next(running)
-    assert len(multiprocessing.active_children()) == 2
+    assert len(children()) == 2
     loader.close()
     loader.close()
-    assert multiprocessing.active_children() == []
+    assert children() == []
     with pytest.raises(RuntimeError, match="use the newest iterator only"):
         next(running)
     assert len(take(loader, 1, 6)) == 1  # a closed loader may be used again
@@ -214,14 +211,14 @@ def damaged(demo_set, tmp_path) -> tuple[Path, list[int]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_folder_error_names_sample_path_and_way_out(damaged, loader_of, workers):
+def test_folder_error_names_sample_path_and_way_out(damaged, loader_of, workers, children):
     folder, spoiled = damaged
     with pytest.raises(DataError, match="--on-bad-image skip") as error:
         take(loader_of(folder, workers=workers))
     message, index = str(error.value), FolderIndex(folder)
     assert any(message.startswith(f"{index.path(i)}: ") and f"(sample {i})" in message for i in spoiled)
     assert error.value.exit_code == 4 and "\n" not in message
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
 
 def test_folder_skip_substitutes_the_same_everywhere(damaged, loader_of):

@@ -68,6 +68,19 @@ def test_pack_keeps_bytes_order_and_labels(mixed, tmp_path, to, workers):
     assert size.tolist() == [span.size for span in packed.encoded(range(len(packed)))] and size.sum() == result.bytes
 
 
+def test_pack_names_images_without_a_name_by_what_they_are(tmp_path, monkeypatch):
+    """Rows of a table are called by their numbers; a tar's reader looks at endings."""
+    kinds = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    for i, kind in enumerate(kinds):
+        image.save(tmp_path / f"{i}.jpg", kind)
+    source = FolderIndex(tmp_path)
+    monkeypatch.setattr(FolderIndex, "name", lambda self, index: str(index))
+    pack(source, tmp_path / "out", to="tar", workers=0, progress=quiet)
+    packed = open_index(tmp_path / "out")
+    assert [packed.name(i) for i in range(len(packed))] == ["0.jpg", "1.png", "2.webp", "3.bmp", "4.tif"]
+
+
 @pytest.mark.parametrize("to", ["tar", "beton"])
 @pytest.mark.parametrize(("resize", "longest"), [(("max", 64), 64), (("short", 64), None), (None, None)], ids=str)
 def test_pack_makes_smaller_jpegs(mixed, tmp_path, to, resize, longest):

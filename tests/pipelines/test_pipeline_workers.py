@@ -1,6 +1,5 @@
 """Worker processes against signals, a killed parent and full shared memory; each scene in its own process group."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -65,12 +64,11 @@ def is_running(pid: int) -> bool:
         return False
 
 
-def wait_until_gone(pids: list[int], seconds: float) -> float:
+def assert_gone_within(seconds: float, pids: list[int]) -> None:
     began = time.monotonic()
     while any(map(is_running, pids)):
         assert time.monotonic() - began < seconds, "workers still run"
         time.sleep(0.05)
-    return time.monotonic() - began
 
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -101,7 +99,7 @@ print(len(rest), sorted(seen), multiprocessing.active_children())
 def test_workers_end_with_a_killed_trainer(scene, moment):
     process, pids = scene("", moment)
     process.kill()
-    wait_until_gone(pids, 10)
+    assert_gone_within(10, pids)
 
 
 @linux_only
@@ -109,7 +107,7 @@ def test_workers_end_with_a_trainer_that_forgot_to_close(scene):
     process, pids = scene("sys.exit(5)")
     _, err = process.communicate("\n", timeout=60)
     assert process.returncode == 5 and "Traceback" not in err
-    wait_until_gone(pids, 10)
+    assert_gone_within(10, pids)
 
 
 @linux_only
@@ -137,7 +135,7 @@ print(multiprocessing.active_children())
 def test_shared_memory_is_checked_before_the_start(monkeypatch):
     monkeypatch.setattr(workers.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 64 << 20}))
     assert workers.most_workers(10 << 20) == 2 and workers.most_workers(40 << 20) == 0
-    with pytest.raises(ValueError, match=r"workers: expected at most 0 .*, got 2; use that, or .* --shm-size=\d+m"):
+    with pytest.raises(DataError, match=r"workers: expected at most 0 .*, got 2; use that, or .* --shm-size=\d+m"):
         workers.Answers([], [], workers=2, result_bytes=40 << 20)
 
 
@@ -171,7 +169,9 @@ def impatient(monkeypatch):
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar"])
 @pytest.mark.parametrize("options", [{"threads": 2}, {"workers": 1}], ids=str)
-def test_a_file_system_that_hangs_is_told_with_the_file(demo_set, tmp_path, monkeypatch, impatient, options, packed):
+def test_a_file_system_that_hangs_is_told_with_the_file(
+    demo_set, tmp_path, monkeypatch, impatient, options, packed, children
+):
     data = demo_set / "train"
     if packed:
         pack(FolderIndex(data), tmp_path / "tar", to="tar", shard_bytes=1 << 17, workers=0, progress=lambda line: None)
@@ -196,16 +196,16 @@ def test_a_file_system_that_hangs_is_told_with_the_file(demo_set, tmp_path, monk
             pass
     assert e.value.path == victim and e.value.exit_code == 4 and time.monotonic() - began < 20
     released.set()
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
 
 @linux_only
-def test_a_worker_that_is_stopped_is_told_and_ended(demo_set, impatient, monkeypatch):
+def test_a_worker_that_is_stopped_is_told_and_ended(demo_set, impatient, monkeypatch, children):
     monkeypatch.setattr(loader_module, "_SECONDS_PER_IMAGE", 0)
     loader = FolderLoader(demo_set / "train", (CropSpec((16, 16)),), batch_size=4, workers=1, timeout_s=1)
     batches = loader.epoch(0)
     next(batches)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = children()
     os.kill(worker.pid, signal.SIGSTOP)
     began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"data workers: expected an answer within 1 s, got none.*was stopped"):
