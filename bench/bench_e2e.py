@@ -1,8 +1,9 @@
 """Whole runs: what a step with real images costs beside one with synthetic ones.
 
-`python bench/bench_e2e.py --data DIR --json FILE --steps 200 [flags of fastmim train]`: trains from the images with the
-loader that `auto` picks, then on random images, each in a process of its own; compares images per second after the first
-third, and how long the device waited for data.
+`fastmim bench e2e --data DIR --json FILE --steps 200 [flags of fastmim train]`: trains on the images with the loader that
+`auto` picks, then on random images, each in a process of its own; compares images per second after the first third, and how
+long the device waited for data. Without --data it draws pictures of the size of ImageNet's. A line per run is added as soon
+as it is over; a run that the file has is not made again.
 """
 
 import argparse
@@ -14,63 +15,98 @@ import sys
 import tempfile
 from pathlib import Path
 
-import pytest
-from bench_step import DEVICE, machine
-from fastmim_pipelines.demo import write_demo
+from fastmim_pipelines.demo import DemoSpec, write_demo
+from machine import IS_GPU, machine
+from points import Points
 
 ROOT = Path(__file__).resolve().parents[1]
+# The smallest that is a run: what `pytest bench` takes, and the default.
 SMALL = ["--method", "mae", "--preset", "demo", "--batch-size", "32"]
+PHOTO_SIZE = DemoSpec(short_side_px=(333, 375), grain=(5.0, 20.0))
+DRAWN = "drawn"
+SOURCES = ("real", "synthetic")
 
 
 def train(flags: list[str], steps: int, out: Path) -> list[dict]:
-    """The metrics of a run, those of its first third left out."""
+    """The metrics of a run, those of its first third left out.
+
+    Raises:
+        RuntimeError: the run failed.
+    """
     command = [sys.executable, str(ROOT / "fastmim" / "train.py"), *flags, "--steps", str(steps), "--out", str(out),
-               "--log-every", str(max(1, steps // 20)), "--save-every", str(steps)]  # fmt: skip
+               "--log-every", str(max(1, steps // 20)), "--save-every", f"{steps}st"]  # fmt: skip
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     env = {name: value for name, value in os.environ.items() if name not in launcher}
-    subprocess.run(command, env=env, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}")
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [r for r in records if "images_per_s" in r and r["step"] > steps // 3]
 
 
-def compare(data: Path, flags: list[str], steps: int) -> dict:
-    sources = {"real": ["--data", str(data)], "synthetic": ["--loader", "synthetic"]}
-    with tempfile.TemporaryDirectory() as folder:
-        runs = {name: train([*flags, *source], steps, Path(folder) / name) for name, source in sources.items()}
-    speed = {name: statistics.median(r["images_per_s"] for r in records) for name, records in runs.items()}
-    wait = statistics.mean(r["data_wait"] for r in runs["real"])
-    return {
-        "suite": "e2e", "flags": flags, "steps": steps, "n": len(runs["real"]), "images_per_s": speed["real"],
-        "synthetic_images_per_s": speed["synthetic"], "share": speed["real"] / speed["synthetic"], "data_wait": wait,
-        **machine(),
-    }  # fmt: skip
+def run(data: Path, name: str, flags: list[str], steps: int, points: Points) -> None:
+    """Adds the runs that the file lacks.
+
+    Args:
+        name: of the data, in the file.
+    """
+    for source, more in zip(SOURCES, (["--data", str(data)], ["--loader", "synthetic"])):
+        if points.has(key, (name, tuple(flags), steps, source)):
+            print(f"  {source}: in the file already")
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            # --data alone would choose the paper's preset.
+            preset = [] if "--preset" in flags else ["--preset", "paper"]
+            records = train([*preset, *flags, *more], steps, Path(folder) / "run")
+        points.add([{
+            "suite": "e2e", "data": name, "flags": flags, "steps": steps, "source": source, "n": len(records),
+            "images_per_s": statistics.median(r["images_per_s"] for r in records),
+            "data_wait": statistics.mean(r["data_wait"] for r in records), **machine(),
+        }])  # fmt: skip
 
 
-def show(record: dict) -> None:
-    print(f"  {' '.join(record['flags'])}: {record['images_per_s']:.0f} images/s, {100 * record['share']:.0f} % of "
-          f"{record['synthetic_images_per_s']:.0f} without real images; the device waited {100 * record['data_wait']:.1f} % "
-          f"of the time (n={record['n']} intervals)")  # fmt: skip
+def key(record: dict) -> tuple:
+    return record.get("data"), tuple(record.get("flags", ())), record.get("steps"), record.get("source")
 
 
-def bench_e2e(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("photos")
-    write_demo(folder, images=200, val_images=20, seed=0)
+def show(records: list[dict]) -> None:
+    from report import e2e_pairs
+
+    for real, synthetic in e2e_pairs(records):
+        share = real["images_per_s"] / synthetic["images_per_s"]
+        print(f"  {real['data']}, {' '.join(real['flags'])}: {real['images_per_s']:.0f} images/s, {100 * share:.0f} % of "
+              f"{synthetic['images_per_s']:.0f} without real images; the device waited {100 * real['data_wait']:.1f} % of the "
+              f"time (n={real['n']} intervals)")  # fmt: skip
+
+
+def bench_e2e(results, tmp_path):
+    write_demo(tmp_path, images=200, val_images=0, seed=0, progress=lambda line: None)
+    points = Points(results / "e2e.jsonl")
+    run(tmp_path / "train", DRAWN, SMALL, 200 if IS_GPU else 60, points)
     print()
-    show(compare(folder / "train", SMALL, steps=200 if DEVICE.type == "cuda" else 24))
+    show(points.records)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Whole runs on real and on synthetic images.",
+    parser = argparse.ArgumentParser(prog="fastmim bench e2e", description="Whole runs on real and on synthetic images.",
                                      epilog="Other flags are those of `fastmim train`.")  # fmt: skip
-    parser.add_argument("--data", type=Path, required=True, help="folder of images")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="adds a line to it")
+    parser.add_argument("--data", type=Path, help="folder of images; without it, pictures are drawn")
+    parser.add_argument("--drawn", type=int, default=400, metavar="N", help="pictures to draw (default 400)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the lines go; runs in it are not made again")
     parser.add_argument("--steps", type=int, default=300, help="of each run (default 300)")
     args, flags = parser.parse_known_args()
-    record = compare(args.data, flags or SMALL, args.steps)
-    show(record)
+    points = Points(args.json)
+    with tempfile.TemporaryDirectory() as folder:
+        data, name = args.data, str(args.data)
+        if data is None:
+            write_demo(folder, images=args.drawn, val_images=0, spec=PHOTO_SIZE, progress=lambda line: None)
+            data, name = Path(folder) / "train", f"{args.drawn} {DRAWN}"
+        run(data, name, flags or SMALL, args.steps, points)
+    show(points.records)
     if args.json is not None:
-        with open(args.json, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        from report import write_report
+
+        write_report(args.json)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,34 @@
-"""Times every op of fastmim_kernels: `pytest bench/bench_kernels.py -s`, or a part of it with `-k masked_pixel_loss`.
+"""Times every op of fastmim_kernels: `fastmim bench kernels`, or a part of them with `-k masked_pixel_loss`.
 
 Each case runs on every backend that the op has there, against the plain torch of plain_torch.py, eager and through
 torch.compile where an equal exists. All of them take turns, so that a slow phase of the machine hits all alike; a row
 holds medians of forward and backward (forward alone where the op has no gradient): process CPU time on a CPU, wall time
 on a GPU. Nothing is timed before its results agree with the reference in float64. Nothing is asserted about time.
 
-FASTMIM_BENCH_CALLS: rounds per case (20). FASTMIM_BENCH_COMPILE=0: without torch.compile, which takes most of the time.
-FASTMIM_BENCH_OUT=bench/results/kernels-cpu.jsonl: adds the rows to that file, where rows of the same case are replaced,
-and writes the table of all its rows beside it, as .md.
+FASTMIM_BENCH_SHORT=1 (what `pytest bench` sets): one size per op, of a step with 8 images, 5 rounds, no torch.compile, which
+takes most of the time. FASTMIM_BENCH_CALLS: rounds per case (20). FASTMIM_BENCH_COMPILE_OPS=0 or 1. FASTMIM_BENCH_OUT=FILE.jsonl
+(`fastmim bench kernels --json FILE`): adds each row to that file as soon as it is measured, leaves out what the file has, and
+writes tables and pictures beside it. First and last come the machine's ceilings.
 """
 
 import inspect
-import json
 import os
 import pathlib
 import platform
 import statistics
-import subprocess
 import time
 
 import plain_torch
 import pytest
+import report
+import sizes
 import torch
 from fastmim_kernels import cases, dispatch
 from fastmim_kernels.patches import spec as patches
 from fastmim_kernels.pixel_loss import spec as pixel_loss
 from fastmim_kernels.topk import spec as topk
+from machine import ceilings, machine
+from points import Points
 
 DEVICES = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
 # Whole images instead of windows, as plain torch has them; the batch of the other ops.
@@ -37,17 +40,24 @@ WHOLE = {
     ),
     "topk": (topk.case(64, 12, 196, 49, 64), topk.case(64, 12, 196, 49, 64, dtype=torch.bfloat16)),
 }  # fmt: skip
+IS_SHORT = os.environ.get("FASTMIM_BENCH_SHORT") == "1"
+
+
+def cases_of(op):
+    return sizes.short_sizes().get(op, ()) if IS_SHORT else (*WHOLE.get(op, ()), *cases.load(op)[1])
+
+
 RUNS = [
     pytest.param(op, case, device, id=f"{op}-{case.function}-{case.name}-{device.type}")
     for op in dispatch.ops()
-    for case in (*WHOLE.get(op, ()), *cases.load(op)[1])
+    for case in cases_of(op)
     for device in DEVICES
 ]
-CALLS, SECONDS = int(os.environ.get("FASTMIM_BENCH_CALLS", "20")), 10.0
-USES_COMPILE = os.environ.get("FASTMIM_BENCH_COMPILE", "1") == "1"
+CALLS, SECONDS = int(os.environ.get("FASTMIM_BENCH_CALLS", "5" if IS_SHORT else "20")), 10.0
+USES_COMPILE = os.environ.get("FASTMIM_BENCH_COMPILE_OPS", "0" if IS_SHORT else "1") == "1"
 # plain_torch rounds more often than an op; what differs by more computes something else.
 PLAIN_TOLERANCE = 0.2
-COLUMNS = ("eager", "compile", "reference", "native", "triton")
+KEY = ("suite", "function", "case", "setting")
 
 
 class Provider:
@@ -58,7 +68,7 @@ class Provider:
         self.inputs = case.inputs(device)
         self.sources = [self.inputs[name].requires_grad_() for name in case.grads]
         self.ones = None
-        self.seconds = []
+        self.seconds, self.forward_seconds = [], []
 
     def step(self):
         if self.backend:
@@ -68,20 +78,30 @@ class Provider:
             self.ones = self.ones or [torch.ones_like(o) for o in outputs]
             torch.autograd.grad(outputs, self.sources, self.ones)
 
+    def forward(self):
+        if self.backend:
+            os.environ[dispatch.VARIABLE] = self.backend
+        with torch.no_grad():
+            self.function(**self.inputs)
+
     def timed(self):
+        self.seconds.append(self.clocked(self.step))
+        self.forward_seconds.append(self.clocked(self.forward) if self.sources else self.seconds[-1])
+
+    def clocked(self, action):
         is_gpu = self.device.type == "cuda"
         clock = time.perf_counter if is_gpu else time.process_time
         if is_gpu:
             torch.cuda.synchronize()
         begin = clock()
-        self.step()
+        action()
         if is_gpu:
             torch.cuda.synchronize()
-        self.seconds.append(clock() - begin)
+        return clock() - begin
 
-    @property
-    def ms(self):
-        return 1e3 * statistics.median(self.seconds)
+
+def median_ms(seconds):
+    return round(1e3 * statistics.median(seconds), 4)
 
 
 def plain(case, device):
@@ -104,52 +124,15 @@ def plain(case, device):
 
 
 @pytest.fixture(scope="module")
-def rows():
-    found = []
-    yield found
-    print("\n" + table(found))
+def points(request):
     path = os.environ.get("FASTMIM_BENCH_OUT")
-    if path:
-        path = pathlib.Path(path)
-        before = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        new = {(row["function"], row["case"], row["device"]) for row in found}
-        kept = [row for row in before if (row["function"], row["case"], row["device"]) not in new] + found
-        kept.sort(key=lambda row: (row["device"], row["function"]))
-        path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        path.with_suffix(".md").write_text(table(kept))
-
-
-HEAD = """# Kernels
-
-Written by `FASTMIM_BENCH_OUT=bench/results/kernels-cpu.jsonl pytest bench/bench_kernels.py`. Medians of n interleaved
-rounds in ms, forward + backward (forward alone where an op has no gradient). eager, compile: the plain torch of
-`bench/plain_torch.py`, as it is and through torch.compile. reference, native, triton: the backends of `fastmim_kernels`.
-The ratios are those of plain torch to the backend that runs by default.
-"""
-
-
-def table(rows):
-    """Markdown: one line per case, one table per machine."""
-    lines = [HEAD]
-    for where in dict.fromkeys(row["setting"] for row in rows):
-        own = [row for row in rows if row["setting"] == where]
-        shown = [c for c in COLUMNS if any(c in row["ms"] for row in own)]
-        lines += [f"{where}\n", f"| op | case | n | {' | '.join(shown)} | vs eager | vs compile |"]
-        lines.append("|---|---|---|" + "---|" * (len(shown) + 2))
-        for row in own:
-            ms = row["ms"]
-            ours = next(ms[c] for c in ("triton", "native", "reference") if c in ms)
-            ratios = [f"{ms[c] / ours:.1f}x" if c in ms else "" for c in ("eager", "compile")]
-            values = [f"{ms[c]:.2f}" if c in ms else "" for c in shown]
-            lines.append(f"| {' | '.join([row['function'], row['case'], str(row['n']), *values, *ratios])} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def commit():
-    """The checkout that was measured; "+" where it differs from that commit."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
-    return git.stdout.strip() or "unknown"
+    path = pathlib.Path(path) if path else request.getfixturevalue("results") / "kernels.jsonl"
+    found = Points(path)
+    found.add([ceilings()])
+    yield found
+    found.add([ceilings()])
+    report.write_report(path)
+    print("\n" + path.with_suffix(".md").read_text())
 
 
 def setting(device):
@@ -160,7 +143,10 @@ def setting(device):
 
 
 @pytest.mark.parametrize(("op", "case", "device"), RUNS)
-def bench_op(op, case, device, rows, monkeypatch):
+def bench_op(op, case, device, points, monkeypatch):
+    key = ("kernels", case.function, case.name, setting(device))
+    if points.has(lambda r: tuple(r.get(k) for k in KEY), key):
+        pytest.skip(f"{points.path} has it already")
     monkeypatch.setenv(dispatch.VARIABLE, "")
     providers = {}
     for backend in dispatch.available(op, device.type):
@@ -180,8 +166,9 @@ def bench_op(op, case, device, rows, monkeypatch):
     while len(provider.seconds) < CALLS and (len(provider.seconds) < 3 or time.perf_counter() - start < SECONDS):
         for provider in providers.values():
             provider.timed()
-    rows.append({
-        "function": case.function, "case": case.name, "device": device.type, "setting": setting(device),
-        "n": len(provider.seconds), "ms": {name: round(p.ms, 4) for name, p in providers.items()},
-        "bytes_moved": case.bytes_moved, "flops": case.flops, "commit": commit(),
-    })  # fmt: skip
+    points.add([{
+        **dict(zip(KEY, key)), **machine(), "device_type": device.type, "n": len(provider.seconds),
+        "ms": {name: median_ms(p.seconds) for name, p in providers.items()},
+        "forward_ms": {name: median_ms(p.forward_seconds) for name, p in providers.items()},
+        "bytes_moved": case.bytes_moved, "flops": case.flops,
+    }])  # fmt: skip

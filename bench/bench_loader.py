@@ -1,7 +1,7 @@
 """Loaders side by side: CPU time per image, workers and threads included, and images per second.
 
-`python bench/bench_loader.py --photos DIR --write bench/results/loaders-cpu` for the whole comparison, or
-`pytest bench/bench_loader.py -s` for a short run.
+`fastmim bench loader --photos DIR --json bench/results/loaders-cpu.jsonl` for the whole comparison, or
+`pytest bench/bench_loader.py -s` for a short run. A broken run goes on where it stopped.
 
 All contenders give random resized crops of 224 px (scale 0.08..1; bicubic with antialiasing, but for FFCV, which has
 area averages alone, and where a row says otherwise) as uint8 batches of 64, from a warm cache, with a worker or thread
@@ -13,44 +13,41 @@ is what a trainer would get here and now.
 import argparse
 import importlib.metadata
 import json
-import multiprocessing
 import os
 import platform
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
+import loader_report
 import other_loaders
-import pytest
-import torch
+import report
+from contenders import Contender
 from fastmim_pipelines import CropSpec, make_loader, native_decode
 from fastmim_pipelines.cores import available_cores
 from fastmim_pipelines.demo import DemoSpec, write_demo
 from fastmim_pipelines.index import FolderIndex, open_index
 from fastmim_pipelines.pack import pack
+from loader_report import BASE, BETON, DALI, FFCV, FOLDER, PACKED
 from other_loaders import BATCH, SCALE, SIZE
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc for the workers' CPU time")
+from points import Points
 
 CROP = CropSpec((SIZE, SIZE), scale=SCALE)
 # As ImageNet's: 500 x 375 and the like, some 100 kB.
 PHOTO_SIZE = DemoSpec(short_side_px=(333, 375), grain=(5.0, 20.0))
-WARM_UP_BATCHES = 8
 ROOT = Path(__file__).resolve().parents[1]
 # The smallest model on whole crops: what asks most of a loader.
 TRAINING = ["--method", "mae", "--preset", "demo", "--model", "vit_pico", "--image-size", "224", "--patch-size", "16", "--device", "cpu",
             "--batch-size", "64", "--steps", "40", "--log-every", "8", "--save-every", "40st"]  # fmt: skip
-PATIENCE_S, LEAST_ROUNDS = 10, 3
 PACKAGES = (
     "torch",
     "numpy",
@@ -61,10 +58,9 @@ PACKAGES = (
     "webdataset",
     "torchvision",
 )
-BASE, DALI, FFCV = "Pillow + DataLoader", "DALI, CPU", "FFCV, same bytes"
-FOLDER, BETON, PACKED = "fastmim folder", "fastmim beton, same bytes", "fastmim beton, max side 500 q90"
-# What we promise: (ours, theirs, at least so many times).
-BARS = ((FOLDER, BASE, 2.0), (FOLDER, DALI, 1.7), (BETON, FFCV, 1.4), (PACKED, BASE, 2.5))
+PHOTOS, DRAWN = "Photographs", "Drawn pictures of the size of ImageNet's"
+# What a short run has: regular expression.
+QUICK = f"^fastmim folder$|^{BETON}$|^{DALI}$|^{FFCV}$|^torchvision"
 
 
 @contextmanager
@@ -112,88 +108,19 @@ def contenders_of(folder: Path, packed: Path) -> dict[str, Callable]:
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-def cpu_seconds() -> float:
-    """CPU time so far of this process and of its living children."""
-    ticks = 0
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rsplit(")", 1)[1].split()
-        ticks += int(fields[11]) + int(fields[12])  # user and system time
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def measure(batches: Iterator[int], images: int) -> tuple[float, float]:
-    """CPU milliseconds per image and images per second of a loader that runs at its pace."""
-    for _ in range(WARM_UP_BATCHES):  # what it has prefetched before
-        next(batches)
-    began, cpu_began, seen = time.perf_counter(), cpu_seconds(), 0
-    while seen < images:
-        seen += next(batches)
-    return 1000 * (cpu_seconds() - cpu_began) / seen, seen / (time.perf_counter() - began)
-
-
-def serve(contender: Callable, pipe) -> None:
-    """A contender's process: makes it, then measures when asked to; None ends it."""
-    os.setsid()
-    torch.set_num_threads(1)
-    try:
-        with contender() as batches:
-            next(batches)
-            pipe.send(None)
-            while (images := pipe.recv()) is not None:
-                pipe.send(measure(batches, images))
-    except Exception as e:
-        pipe.send(f"{type(e).__name__}: {' '.join(str(e).split())}")
-    finally:
-        sys.stdout.flush()
-        os._exit(0)  # some libraries' threads do not like to be ended
-
-
-class Contender:
-    """A contender in its process, stopped but for its turns."""
-
-    def __init__(self, make: Callable):
-        # Contenders leave without farewell, see serve: what they leave behind is no news.
-        os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(make, theirs))
-        self._process.start()
-        theirs.close()
-        self.error = self._pipe.recv()
-        if self.error is None:
-            self._signal(signal.SIGSTOP)
-
-    def measure(self, images: int) -> tuple[float, float]:
-        self._signal(signal.SIGCONT)
-        self._pipe.send(images)
-        answer = self._pipe.recv()
-        if isinstance(answer, str):
-            raise RuntimeError(answer)
-        self._signal(signal.SIGSTOP)
-        return answer
-
-    def close(self) -> None:
-        if self.error is None:
-            self._signal(signal.SIGCONT)
-            self._pipe.send(None)
-            self._process.join(PATIENCE_S)
-            with suppress(ProcessLookupError):  # nothing is left of it
-                self._signal(signal.SIGKILL)
-        self._process.join()
-
-    def _signal(self, number: int) -> None:
-        os.killpg(self._process.pid, number)
-
-
-def compare(folder: Path, images: int, rounds: int, only: str = "") -> tuple[list[dict], dict[str, str]]:
-    """One row per contender with its figures of each round, and why others are missing.
+def compare(title: str, folder: Path, images: int, rounds: int, points: Points, only: str = "") -> None:
+    """Adds a record per loader and round to the file, and one per loader that is missing, with the reason.
 
     Args:
+        title: of the data.
         only: measure contenders whose names match this regular expression, and the first.
     """
+    counts = rounds_of(points, title)
+    if counts and min(counts.values()) >= rounds:
+        print(f"{title}: in the file already")
+        return
+    about = {"suite": "loader", "data": title, "images": images, "files": describe(folder), **setting()}
     running: dict[str, Contender] = {}
-    missing: dict[str, str] = {}
-    figures: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as packed:
         try:
             for name, make in contenders_of(folder, Path(packed)).items():
@@ -201,26 +128,32 @@ def compare(folder: Path, images: int, rounds: int, only: str = "") -> tuple[lis
                     continue
                 running[name] = contender = Contender(make)
                 if contender.error is not None:
-                    missing[name] = contender.error
+                    points.add([{**about, "loader": name, "missing": contender.error}])
                     running.pop(name).close()
-            for _ in range(rounds):
+            for i in range(rounds):
                 for name, contender in running.items():
-                    figures.setdefault(name, []).append(contender.measure(images))
+                    if counts.get(name, 0) <= i:
+                        cost, rate = contender.measure(images)
+                        points.add(
+                            [{**about, "loader": name, "cpu_ms": [round(cost, 4)], "images_per_s": [round(rate, 1)]}]
+                        )
         finally:
             for contender in running.values():
                 contender.close()
-    return [
-        {"loader": name, "cpu_ms": [round(cost, 4) for cost, _ in pairs], "images_per_s": [round(rate, 1) for _, rate in pairs]}
-        for name, pairs in figures.items()
-    ], missing  # fmt: skip
+
+
+def rounds_of(points: Points, title: str) -> dict[str, int]:
+    """Loader -> rounds that the file has."""
+    return {row["loader"]: len(row["cpu_ms"]) for row in loader_report.rows(points.records, title)}
 
 
 # -- in training -------------------------------------------------------------------------------------------------------
 
 
-def in_training(folder: Path) -> tuple[str, list[dict]]:
-    """A Markdown table of real runs, how fast they were and how much of their time they waited for data; and its rows."""
-    rows = []
+def in_training(folder: Path, points: Points) -> None:
+    """Adds real runs: how fast they were, and how much of their time they waited for data."""
+    known = {row["loader"] for row in loader_report.rows(points.records, loader_report.IN_TRAINING)}
+    about = {"suite": "loader", "data": loader_report.IN_TRAINING, "flags": " ".join(TRAINING), **setting()}
     with tempfile.TemporaryDirectory() as temporary:
         packed = Path(temporary) / "max500.beton"
         pack(open_index(folder), packed, to="beton", resize=("max", 500), quality=90, progress=lambda line: None)
@@ -230,6 +163,8 @@ def in_training(folder: Path) -> tuple[str, list[dict]]:
             ("fastmim beton, max side 500 q90", packed, [], ""),
             ("synthetic", folder, ["--loader", "synthetic"], ""),
         ):
+            if name in known:
+                continue
             out = Path(temporary) / name.replace(" ", "-")
             command = [sys.executable, str(ROOT / "fastmim" / "train.py"), "--data", str(data), "--out", str(out)]
             paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), str(ROOT / "pipelines")])
@@ -240,48 +175,11 @@ def in_training(folder: Path) -> tuple[str, list[dict]]:
                 raise RuntimeError(done.stderr)
             records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             timed = [record for record in records if "data_wait" in record][1:]  # the first interval starts everything
-            rows.append({"loader": name, "images_per_s": [round(r["images_per_s"], 1) for r in timed],
-                         "data_wait": [round(r["data_wait"], 4) for r in timed]})  # fmt: skip
-    lines = ["| loader | images/s | waiting for data |", "|---|---|---|"]
-    for row in rows:
-        rate, wait = (statistics.median(row[key]) for key in ("images_per_s", "data_wait"))
-        lines.append(f"| {row['loader']} | {rate:.0f} | {wait:.1%} |")
-    return "\n".join(lines), rows
+            points.add([{**about, "loader": name, "images_per_s": [round(r["images_per_s"], 1) for r in timed],
+                         "data_wait": [round(r["data_wait"], 4) for r in timed]}])  # fmt: skip
 
 
 # -- telling -----------------------------------------------------------------------------------------------------------
-
-
-def ratio(rows: dict[str, dict], ours: str, theirs: str, key: str) -> float:
-    """How many times better the first is; the median of the rounds' ratios."""
-    pairs = list(zip(rows[ours][key], rows[theirs][key]))
-    return statistics.median(b / a if key == "cpu_ms" else a / b for a, b in pairs)
-
-
-def table(rows: list[dict], missing: dict[str, str]) -> str:
-    """Markdown."""
-    lines = [
-        "| loader | CPU ms/image (lowest..highest) | less than Pillow's | images/s | more |",
-        "|---|---|---|---|---|",
-    ]
-    by_name = {row["loader"]: row for row in rows}
-    for name, row in by_name.items():
-        costs, rates = row["cpu_ms"], row["images_per_s"]
-        cost, rate = statistics.median(costs), statistics.median(rates)
-        spread = f"({min(costs):.2f}..{max(costs):.2f})"
-        ratios = [f"{ratio(by_name, name, BASE, key):.2f} x" for key in ("cpu_ms", "images_per_s")]
-        lines.append(f"| {name} | {cost:.2f} {spread} | {ratios[0]} | {rate:.0f} | {ratios[1]} |")
-    if len(rows[0]["cpu_ms"]) < LEAST_ROUNDS:  # too short to tell
-        return "\n".join(lines)
-    lines += ["", "| promise | at least | CPU time | images/s | kept |", "|---|---|---|---|---|"]
-    for ours_name, theirs, least in BARS:
-        if ours_name not in by_name or theirs not in by_name:
-            continue
-        cpu, rate = (ratio(by_name, ours_name, theirs, key) for key in ("cpu_ms", "images_per_s"))
-        kept = "yes" if min(cpu, rate) >= least else "no"
-        lines.append(f"| {ours_name} : {theirs} | {least:g} x | {cpu:.2f} x | {rate:.2f} x | {kept} |")
-    lines += ["", *(f"Not measured: {name} ({reason[:160]})." for name, reason in missing.items())]
-    return "\n".join(lines).rstrip()
 
 
 def setting() -> dict[str, str]:
@@ -304,10 +202,10 @@ def setting() -> dict[str, str]:
     }
 
 
-def describe(folder: Path, images: int, rounds: int) -> str:
+def describe(folder: Path) -> str:
     index = FolderIndex(folder)
     sizes = [os.stat(index.path(i)).st_size / 1000 for i in range(len(index))]
-    return f"{len(sizes)} files, {statistics.mean(sizes):.0f} kB on average; n = {rounds} rounds of {images} images."
+    return f"{len(sizes)} files, {statistics.mean(sizes):.0f} kB on average"
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -328,18 +226,21 @@ def repeated(folder: Path, temporary: Path, least: int = 400) -> Path:
     return temporary
 
 
-def bench_loader(tmp_path, capsys):
+def bench_loader(tmp_path, results, capsys):
     """A few images of the demo set's kind; numbers are printed, never asserted: they belong to the machine."""
+    if sys.platform != "linux":
+        return  # /proc tells the workers' CPU time
     photos = os.environ.get("FASTMIM_BENCH_PHOTOS")
     folder = repeated(Path(photos), tmp_path / "photos", 128) if photos else synthetic_photos(tmp_path, 96)
-    images, rounds = int(os.environ.get("FASTMIM_BENCH_IMAGES", 192)), 2
-    rows, missing = compare(folder, images, rounds)
+    points = Points(results / "loaders.jsonl")
     with capsys.disabled():
-        print(f"\n{setting()['machine']}: {describe(folder, images, rounds)}\n{table(rows, missing)}")
+        compare(PHOTOS if photos else DRAWN, folder, 512, 2, points, only=QUICK)
+        print("\n" + loader_report.page(points.records))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="fastmim bench loader", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where the lines go; what is in it is not run again")
     parser.add_argument("--photos", type=Path, help="folder of real photographs to compare on, too")
     parser.add_argument("--only-photos", action="store_true")
     parser.add_argument(
@@ -347,45 +248,24 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="regular expression: contenders to measure beside the first")
     parser.add_argument("--images", type=int, default=768, help="images per measurement")
+    parser.add_argument("--drawn", type=int, default=400, metavar="N", help="pictures to draw")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--write", type=Path, help="write FILE.md and FILE.jsonl")
     arguments = parser.parse_args()
-    about = setting()
-    sections = [
-        "# Loaders on a CPU",
-        f"Written by `{about['command']}` on {about['date']}, commit {about['commit']}. {about['machine']}; {about['versions']}; {about['decoder']}.",
-        __doc__.split("\n\n", 2)[2].strip(),
-    ]
-    records = []
+    points = Points(arguments.json)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {}
         if arguments.photos:
-            folders["Photographs"] = repeated(arguments.photos, Path(temporary) / "photos")
+            folders[PHOTOS] = repeated(arguments.photos, Path(temporary) / "photos")
         if not arguments.only_photos:
-            folders["Drawn pictures of the size of ImageNet's"] = synthetic_photos(Path(temporary) / "synthetic", 400)
+            folders[DRAWN] = synthetic_photos(Path(temporary) / "synthetic", arguments.drawn)
         for title, folder in folders.items():
-            only = arguments.only or (
-                "" if title == "Photographs" else f"^fastmim folder$|^fastmim .*beton|^{DALI}$|^{FFCV}$"
-            )
-            rows, missing = compare(folder, arguments.images, arguments.rounds, only)
-            about_data = describe(folder, arguments.images, arguments.rounds)
-            sections.append(f"## {title}\n\n{about_data}\n\n{table(rows, missing)}")
-            records += [
-                {"data": title, **row, "n": arguments.rounds, "images": arguments.images, **about} for row in rows
-            ]
-            print(sections[-1], flush=True)
+            only = arguments.only or ("" if title == PHOTOS else f"^fastmim folder$|^fastmim .*beton|^{DALI}$|^{FFCV}$")
+            compare(title, folder, arguments.images, arguments.rounds, points, only)
         if arguments.train and arguments.photos:
-            text, rows = in_training(folders["Photographs"])
-            flags = " ".join(TRAINING)
-            sections.append(
-                f"## In training\n\nMedians of the intervals of one run each, without the first: `fastmim train {flags}` on the photographs; the "
-                f"loader and the model share the cores.\n\n{text}"
-            )
-            print(sections[-1], flush=True)
-            records += [{"data": "in training", **row, "n": 1, **about} for row in rows]
-    if arguments.write:
-        arguments.write.with_suffix(".md").write_text("\n\n".join(sections) + "\n")
-        arguments.write.with_suffix(".jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+            in_training(folders[PHOTOS], points)
+    print(loader_report.page(points.records))
+    if arguments.json is not None:
+        report.write_report(arguments.json)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,17 @@
 
 from unittest.mock import patch
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmim.memory import Saved
 
 # Operations after which the host must wait for a GPU: they give it a number, or tensors of a size that depends on one.
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "item")
+# Calls of CUDA in which the host waits, and in which it starts something; and what the profiler sees that is no kernel.
+CUDA_WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+CUDA_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
+NO_KERNEL = ("Memcpy", "Memset")
 
 
 class Counter(TorchDispatchMode):
@@ -25,19 +30,57 @@ class Counter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_step(way) -> dict:
-    """ops, host_syncs and saved_mib of one step of a way of bench_step.py.
+def counted(way) -> dict:
+    """What one step of a way of bench_step.py asks for, as far as it can be counted.
 
-    Ops are counted where they meet the device, so that one of ours counts as one, whatever it is made of. On CPUs our ops
-    look at values to check them; they do not on GPUs, nor under torch.compile, nor here. The optimizer's waits are left
-    out: on a CPU those for its step counts, which never leave the host, look like others.
+    launches: what the host starts; on a CPU operations where they meet the device, so that one of ours counts as one,
+    whatever it is made of (of a micro-batch, where the step is cut). kernels: what a GPU runs. host_syncs: how often the host
+    waits for the device. saved_mib: kept for the backward pass.
+    """
+    is_gpu = way.batch.ids.is_cuda
+    return (count_step(way) if way.counts else {}) | (count_kernels(way) if is_gpu else {})
+
+
+def count_step(way) -> dict:
+    """By what torch dispatches.
+
+    On CPUs our ops look at values to check them; they do not on GPUs, nor under torch.compile, nor here. The optimizer's
+    waits are left out: on a CPU those for its step counts, which never leave the host, look like others.
     """
     way.prepare()
     parameters = [*way.method.parameters(), *way.batch.crops, way.batch.ids]
+    if hasattr(way, "model"):
+        parameters += way.model.parameters()
     saved, forward, rest = Saved(parameters), Counter(), Counter()
     with forward, saved, patch("torch.compiler.is_compiling", return_value=True):
         loss = way.forward()
     with rest:
         way.finish(loss)
     waits = forward.waits + way.reads_loss
-    return {"ops": forward.ops + rest.ops, "host_syncs": waits, "saved_mib": saved.bytes / 2**20}
+    return {"launches": forward.ops + rest.ops, "host_syncs": waits, "saved_mib": saved.bytes / 2**20}
+
+
+def count_kernels(way) -> dict:
+    """By the profiler of a GPU."""
+    way.prepare()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        way.step()
+        torch.cuda.synchronize()
+    return tally((e.name, is_kernel(e)) for e in profile.events())
+
+
+def is_kernel(event) -> bool:
+    """Whether an event of the profiler ran on the GPU; ranges that someone named do not count."""
+    return event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+
+
+def tally(events) -> dict:
+    """launches, kernels and host_syncs of (name, whether it ran on the GPU) pairs."""
+    found = {"launches": 0, "kernels": 0, "host_syncs": 0}
+    for name, is_on_gpu in events:
+        found["kernels"] += is_on_gpu and not name.startswith(NO_KERNEL)
+        found["launches"] += not is_on_gpu and name.startswith(CUDA_LAUNCHES)
+        found["host_syncs"] += not is_on_gpu and name in CUDA_WAITS
+    return found

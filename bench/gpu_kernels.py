@@ -6,11 +6,12 @@
 A case is timed only after its results agree with the reference. Times are medians of replayed CUDA graphs, where an op
 can be captured. GB/s is the least traffic of the forward pass (each input byte read once, each output
 byte written once) divided by its time, and % its share of what a copy of 2 GiB reaches on the same GPU.
+
+With ``--out FILE`` a run that was broken off goes on where it stopped. It needs torch and Triton, and nothing else.
+Without a GPU, the native kernels take Triton's place, at sizes of 8 images: a rehearsal, whose times mean nothing.
 """
 
 import argparse
-import importlib
-import json
 import os
 import pathlib
 import statistics
@@ -22,51 +23,15 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "kernels"))
 
-import fastmim_kernels  # noqa: E402
 from fastmim_kernels import cases, dispatch  # noqa: E402
+from points import Points  # noqa: E402
+from sizes import training_sizes  # noqa: E402
 
-BF16 = torch.bfloat16
-GPU = torch.device("cuda")
-
-
-def spec(op: str):
-    return importlib.import_module(f"fastmim_kernels.{op}.spec")
-
-
-def training_sizes() -> dict[str, tuple[cases.Case, ...]]:
-    """Op -> cases of a step with 1024 images of 224 pixels, ViT-B, mask ratio 0.75, unless said otherwise."""
-    images, window = (1024, 3, 256, 256), (224, 224)
-    stream = "residual bias prenorm"
-    return {
-        "masks": (spec("masks").random_case(1024, 196, 49), spec("masks").cell_case(1024, (14, 14), 2, 17)),
-        "patches": (spec("patches").case(images, 16, window, keep=49, dtype=BF16),),
-        "gather": (spec("gather").case(1024, 196, 49, 768, BF16),),
-        "restore": (
-            spec("restore").case(1024, 196, 49, 512, dtype=BF16, parameters=BF16),
-            spec("restore").case(1024, 196, 49, 512, dtype=BF16),
-        ),
-        "pixel_loss": (spec("pixel_loss").case(images, 16, 147, window, dtype=BF16),),
-        "infonce": tuple(spec("infonce").case(n, n, 256, dtype=BF16) for n in (4096, 16384)),
-        "layer_norm": (
-            *(spec("layer_norm").case((1024, 197, d), stream, BF16, BF16) for d in (384, 512, 768, 1024, 1280)),
-            spec("layer_norm").case((1024, 197, 768), "residual bias scale rows prenorm", BF16, BF16),
-        ),
-        "activation": (spec("activation").case((1024, 50, 3072), True, BF16),),
-        "topk": tuple(spec("topk").case(128, 12, 196, k, 64, dtype=BF16) for k in (49, 98)),
-        "mixing": (
-            spec("mixing").mix_case((1024, 3, 224, 224), 16, 4, dtype=BF16),
-            spec("mixing").unmix_case(256, 196, 4, 512, dtype=BF16),
-        ),
-        "patch_contrast": (spec("patch_contrast").case(256, 196, 768, 4, dtype=BF16),),
-        "token_loss": (spec("token_loss").case(50176, 768, 8192, dtype=BF16),),
-        "views": (spec("views").case((256, 3, 256, 256), window, spec("views").ALL, BF16),),
-        "ema": (spec("ema").case("ViT-B_12_blocks", 12 * spec("ema").BLOCK, 0.996),),
-        "adamw": (
-            spec("adamw").case("ViT-B_12_blocks", 12 * spec("ema").BLOCK),
-            spec("adamw").case("ViT-B_12_blocks_bf16", 12 * spec("ema").BLOCK, grad=BF16, copy=BF16),
-        ),
-        "resize": (spec("resize").case((256, 3, 320, 320), window, is_normalized=True, dtype=BF16),),
-    }
+IS_GPU = torch.cuda.is_available()
+GPU = torch.device("cuda" if IS_GPU else "cpu")
+REHEARSED = "native" if "native" in dispatch.available("gather", "cpu") else "reference"
+OURS, IMAGES = ("triton", 1024) if IS_GPU else (REHEARSED, 8)
+DEVICE_NAME = torch.cuda.get_device_name() if IS_GPU else "CPU"
 
 
 def backend(name: str) -> None:
@@ -74,25 +39,43 @@ def backend(name: str) -> None:
     os.environ[dispatch.VARIABLE] = name
 
 
-def check(ops: list[str]) -> int:
-    """Print every failure; returns their number."""
+def has_ours(op: str) -> bool:
+    return OURS in dispatch.available(op, GPU.type)
+
+
+def check(ops: list[str], points: Points) -> int:
+    """Prints every failure; returns their number. Ops that the file has are not checked again."""
     failures = count = 0
     for op in ops:
+        if points.has(lambda r: (r.get("suite"), r.get("op")), ("check", op)):
+            print(f"{op}: in the file already", flush=True)
+            continue
         small, large = cases.load(op)
-        for case in small:
-            backend("triton")
-            try:
-                error = cases.error(case, GPU)
-            except Exception as e:
-                error = f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"
-            if isinstance(error, str) or not error <= case.tolerance:
-                failures += 1
-                print(f"WRONG {op:14} {case.function} {case.name}: {error}, tolerance {case.tolerance}", flush=True)
-        failures += sum(differs_from_eager(op, case) for case in large)
-        count += len(small) + len(large)
-        torch.cuda.empty_cache()
+        large = large if IS_GPU else ()
+        backend(OURS)
+        wrong = sum(is_wrong(op, case) for case in small) + sum(differs_from_eager(op, case) for case in large)
+        points.add([{"suite": "check", "op": op, "cases": len(small) + len(large), "wrong": wrong, "device": DEVICE_NAME,
+                     "torch": torch.__version__}])  # fmt: skip
+        failures, count = failures + wrong, count + len(small) + len(large)
+        empty_cache()
     print(f"{count - failures} of {count} cases are right", flush=True)
-    return failures
+    return sum(r["wrong"] for r in points.records if r.get("suite") == "check" and r["op"] in ops)
+
+
+def is_wrong(op: str, case: cases.Case) -> bool:
+    try:
+        error = cases.error(case, GPU)
+    except Exception as e:
+        error = f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"
+    wrong = isinstance(error, str) or not error <= case.tolerance
+    if wrong:
+        print(f"WRONG {op:14} {case.function} {case.name}: {error}, tolerance {case.tolerance}", flush=True)
+    return wrong
+
+
+def empty_cache() -> None:
+    if IS_GPU:
+        torch.cuda.empty_cache()
 
 
 # Share of values that may differ by more than rounding. topk: which of two keys is the K-th best hangs on the order of
@@ -104,7 +87,7 @@ def differs_from_eager(op: str, case: cases.Case) -> bool:
     """Whether results or gradients differ from the reference's in the same dtype by more than both are rounded."""
     got = {}
     try:
-        for name in ("reference", "triton"):
+        for name in ("reference", OURS):
             backend(name)
             got[name] = cases.call(cases.public(case), case, case.inputs(GPU))
     except Exception as e:
@@ -112,7 +95,7 @@ def differs_from_eager(op: str, case: cases.Case) -> bool:
         return True
     values = wrong = 0
     worst = 0.0
-    for ours, theirs in zip(got["triton"], got["reference"], strict=True):
+    for ours, theirs in zip(got[OURS], got["reference"], strict=True):
         difference = (ours.double() - theirs.double()).abs_().div_(theirs.double().abs_().clamp_min_(1))
         difference.nan_to_num_(nan=float("inf"))
         values, wrong = values + difference.numel(), wrong + int((difference > 2 * case.tolerance).sum())
@@ -129,6 +112,8 @@ WAITING = {"views"}
 
 def median_ms(step, is_captured: bool = True) -> float:
     """Of a replayed CUDA graph, else of plain launches."""
+    if not IS_GPU:
+        return _rehearsed_ms(step)
     from triton.testing import do_bench, do_bench_cudagraph
 
     for _ in range(3):
@@ -139,9 +124,15 @@ def median_ms(step, is_captured: bool = True) -> float:
     return float(do_bench(step, warmup=25, rep=100, return_mode="median"))
 
 
+def _rehearsed_ms(step) -> float:
+    began = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - began)
+
+
 def copy_bandwidth() -> float:
     """GB/s, read and written, of a copy of 2 GiB: the ceiling of kernels that move data."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device=GPU)
+    source = torch.empty(1 << 31 if IS_GPU else 1 << 22, dtype=torch.uint8, device=GPU)
     target = torch.empty_like(source)
     return 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6
 
@@ -169,61 +160,64 @@ def steps(case: cases.Case, function):
 
 
 def measure(op: str, case: cases.Case, provider: str) -> dict[str, float | str]:
-    backend("triton" if provider == "triton" else "reference")
+    backend(provider if provider == OURS else "reference")
     function = cases.public(case)
     if provider == "compile":
         torch._dynamo.reset()
         function = torch.compile(function)
     try:
         forward, both = steps(case, function)
-        is_captured = provider == "triton" or op not in WAITING
+        is_captured = provider == OURS or op not in WAITING
         row: dict[str, float | str] = {"forward_ms": median_ms(forward, is_captured)}
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        (both or forward)()
-        row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+        if IS_GPU:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            (both or forward)()
+            row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         if both:
             row["both_ms"] = median_ms(both, is_captured)
         return row
     except Exception as e:
         return {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
     finally:
-        torch.cuda.empty_cache()
+        empty_cache()
 
 
-def compare(ops: list[str], providers: list[str], seconds: float, out: pathlib.Path | None) -> int:
-    sizes, start = training_sizes(), time.monotonic()
+def compare(ops: list[str], providers: list[str], seconds: float, points: Points) -> int:
+    """Times what the file lacks; returns the number of cases that were wrong."""
+    sizes, start = training_sizes(IMAGES), time.monotonic()
     ceiling = copy_bandwidth()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton "
-        f"{importlib.import_module('triton').__version__}; a copy moves {ceiling:.0f} GB/s; ms, forward | with backward"
-    )
+    print(f"{DEVICE_NAME}, torch {torch.__version__}; a copy moves {ceiling:.0f} GB/s; ms, forward | with backward")
     print(f"{'op':14} {'case':66} {'GB/s':>6} {'%':>4} " + " ".join(f"{p:>18}" for p in providers) + "  MiB")
     failures = 0
-    for op in (op for op in ops if op in sizes):
-        for case in sizes[op]:
-            if time.monotonic() - start > seconds:
-                print(f"stopped before {op} {case.name}: {seconds:.0f} seconds are over")
-                return failures
-            if differs_from_eager(op, case):
-                failures += 1
-                continue
-            rows = {provider: measure(op, case, provider) for provider in providers}
-            ours = rows["triton"]
-            rate = case.bytes_moved / ours["forward_ms"] / 1e6 if "forward_ms" in ours else 0.0
-            cells = " ".join(f"{cell(rows[p]):>18}" for p in providers)
-            mib = "/".join(f"{r.get('peak_mib', 0):.0f}" for r in rows.values())
-            name = f"{case.function} {case.name}"
-            print(f"{op:14} {name:66} {rate:6.0f} {100 * rate / ceiling:4.0f} {cells}  {mib}", flush=True)
-            for provider, row in rows.items():
-                if "error" in row:
-                    print(f"{'':14} {provider}: {row['error']}")
-            if out is not None:
-                with out.open("a") as file:
-                    record = {"op": op, "case": case.name, "function": case.function, "providers": rows}
-                    machine = {"gpu": torch.cuda.get_device_name(), "copy_gbs": ceiling, "gbs": rate}
-                    print(json.dumps(record | machine), file=file)
+    for op, case in [(name, case) for name in ops for case in sizes.get(name, ())]:
+        key = (op, case.function, case.name, *providers)
+        if points.has(lambda r: (r.get("op"), r.get("function"), r.get("case"), *r.get("providers", ())), key):
+            continue
+        if time.monotonic() - start > seconds:
+            print(f"stopped before {op} {case.name}: {seconds:.0f} seconds are over; the same command goes on")
+            break
+        if differs_from_eager(op, case):
+            failures += 1
+            continue
+        rows = {provider: measure(op, case, provider) for provider in providers}
+        ours = rows[OURS]
+        rate = case.bytes_moved / ours["forward_ms"] / 1e6 if "forward_ms" in ours else 0.0
+        cells = " ".join(f"{cell(rows[p]):>18}" for p in providers)
+        mib = "/".join(f"{r.get('peak_mib', 0):.0f}" for r in rows.values())
+        print(
+            f"{op:14} {case.function + ' ' + case.name:66} {rate:6.0f} {100 * rate / ceiling:4.0f} {cells}  {mib}",
+            flush=True,
+        )
+        for provider, row in rows.items():
+            if "error" in row:
+                print(f"{'':14} {provider}: {row['error']}")
+        points.add([{
+            "suite": "gpu kernels", "op": op, "case": case.name, "function": case.function, "providers": rows,
+            "bytes_moved": case.bytes_moved, "flops": case.flops, "device": DEVICE_NAME, "torch": torch.__version__,
+            "copy_gb_s": ceiling, "gb_s": rate,
+        }])  # fmt: skip
     return failures
 
 
@@ -236,23 +230,17 @@ def cell(row: dict[str, float | str]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("check", "time"))
-    parser.add_argument("--ops", default="", help="default: every op that has a Triton kernel")
-    parser.add_argument("--providers", default="triton,eager,compile")
+    parser.add_argument("--ops", default="", help="default: every op that has a kernel here")
+    parser.add_argument("--providers", default="ours,eager,compile")
     parser.add_argument("--seconds", type=float, default=480, help="no new case is timed after so many seconds")
     parser.add_argument("--out", type=pathlib.Path, help="a JSON line per case is appended to this file")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no CUDA device: expected a GPU that torch sees; run this on a machine that has one.")
-        return 2
-    package = pathlib.Path(fastmim_kernels.__file__).parent
-    ops = (
-        options.ops.split(",")
-        if options.ops
-        else [op for op in dispatch.ops() if (package / op / "kernel.py").exists()]
-    )
+    ops = options.ops.split(",") if options.ops else [op for op in dispatch.ops() if has_ours(op)]
+    points = Points(options.out)
     if options.what == "check":
-        return min(1, check(ops))
-    return min(1, compare(ops, options.providers.split(","), options.seconds, options.out))
+        return min(1, check(ops, points))
+    providers = [OURS if name == "ours" else name for name in options.providers.split(",")]
+    return min(1, compare(ops, providers, options.seconds, points))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Official(nn.Module):
         fused_attention: torch's, instead of products and softmax.
     """
 
-    def __init__(self, method: nn.Module, *, fused_attention: bool):
+    def __init__(self, method: nn.Module, *, fused_attention: bool = False):
         super().__init__()
         self.method, self.fused_attention = method, fused_attention
         self.is_cmae = hasattr(method, "feature_decoder")

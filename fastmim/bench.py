@@ -40,15 +40,13 @@ def bench_command(argv: list[str]) -> int:
 
 
 def _command(suite: str, rest: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The suite's command line and environment; kernels and loader have ways of their own to name a file."""
+    """The suite's command line and environment; the ops are timed by pytest, which is told the file in a variable."""
     script = str(FOLDER / f"bench_{suite}.py")
-    if suite == "kernels":
-        file, rest = _taken(rest, "--json")
-        return ["-m", "pytest", script, "-q", "-s", *rest], {} if file is None else {"FASTMIM_BENCH_OUT": file}
-    if suite == "loader":
-        file, rest = _taken(rest, "--json")
-        return [script, *rest, *([] if file is None else ["--write", file.removesuffix(".jsonl")])], {}
-    return [script, *rest], {}
+    if suite != "kernels":
+        return [script, *rest], {}
+    file, rest = _taken(rest, "--json")
+    env = {"FASTMIM_BENCH_SHORT": os.environ.get("FASTMIM_BENCH_SHORT", "0")}
+    return ["-m", "pytest", script, "-q", "-s", *rest], env if file is None else {**env, "FASTMIM_BENCH_OUT": file}
 
 
 def _taken(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -58,7 +56,7 @@ def _taken(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     at = argv.index(flag)
     if at + 1 == len(argv):
         raise ConfigError(f"{flag}: expected a file, got nothing")
-    return argv[at + 1], argv[:at] + argv[at + 2 :]
+    return str(Path(argv[at + 1]).absolute()), argv[:at] + argv[at + 2 :]
 
 
 def config_of(record: dict) -> TrainConfig:

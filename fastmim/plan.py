@@ -4,15 +4,16 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import NamedTuple
 
 import torch
 
+from fastmim.bench import config_of
 from fastmim.config import ConfigError, TrainConfig, nearest
 from fastmim.engine.base import choose
 from fastmim.flops import training_flops
-from fastmim.memory import Policy, StepMemory, trace_step
+from fastmim.memory import Policy, StepMemory, micro_batches, trace_step
 from fastmim.methods import base as methods
 from fastmim.roofline import (
     COPY_SHARE,
@@ -26,7 +27,6 @@ from fastmim.roofline import (
     compute_seconds,
     gradient_share,
     optimizer_seconds,
-    start_seconds,
     state_bytes,
     step_time,
     traffic,
@@ -34,7 +34,7 @@ from fastmim.roofline import (
 
 GIB = 2**30
 IMAGENET = 1_281_167
-POLICIES: tuple[Policy, ...] = ("none", "blocks")
+POLICIES: tuple[Policy, ...] = ("none", "mlp", "blocks")
 # What CUDA, cuBLAS and NCCL take beside the tensors, and the share of memory that the caching allocator cannot use: own
 # assumptions.
 CONTEXT_BYTES, USABLE = 1.0 * GIB, 0.94
@@ -80,10 +80,14 @@ def make_plan(config: TrainConfig, cluster: Cluster, efficiency: float = 1.0, wh
         ConfigError: options that contradict each other, or a method without a FLOP formula.
     """
     config.check(cluster.gpus)
-    config = dataclasses.replace(config, accumulate=config.accumulate or 1)
     model = config.model_spec()
     with torch.device("meta"):
         method = methods.build(config.method, model, config.options, config.seed)
+    if config.accumulate is None:
+        # As the trainer cuts it.
+        device = torch.device("cpu" if cluster.machine.is_cpu else "cuda")
+        exact = dataclasses.replace(config, precision="fp32" if config.precision == "fp32" else "bf16")
+        config = dataclasses.replace(config, accumulate=micro_batches(exact, method, cluster.gpus, device))
     formula = getattr(methods.find(config.method), "flops", None)
     flops = training_flops(config.method, model, config.options, formula)
     if flops is None:
@@ -146,7 +150,7 @@ def measured(path: Path, method: str, precision: str) -> tuple[Machine, float, s
         records = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as e:
         raise ConfigError(f"--measured: cannot read {path}: {e}") from e
-    ours = [r for r in records if r.get("provider") == "ours" and r["precision"] == precision]
+    ours = [r for r in records if r.get("suite") == "step" and r["provider"] == "ours" and r["precision"] == precision]
     ours = [r for r in ours if r["method"] == method] or ours
     ceilings = [r for r in records if r.get("suite") == "ceiling"]
     if not ours or not ceilings:
@@ -160,32 +164,60 @@ def measured(path: Path, method: str, precision: str) -> tuple[Machine, float, s
         ours[0]["device"], product * 1e12 / MATMUL_SHARE, known.memory if known else math.inf, copy * 1e9 / COPY_SHARE,
         known.link if known else 0.0, is_cpu=ours[0]["device_type"] == "cpu",
     )  # fmt: skip
-    return machine, geometric_mean(efficiency(r, machine) for r in ours), f"measured: {len(ours)} points of {path}"
+    fits = [fit(r, machine) for r in ours]
+    machine = machine._replace(op_seconds=median(f.op_seconds for f in fits))
+    return machine, geometric_mean(f.efficiency for f in fits), f"measured: {len(ours)} points of {path}"
 
 
-def efficiency(record: dict, machine: Machine) -> float:
-    """A measured step's time at the machine's ceilings, as a share of what it took."""
-    from fastmim.bench import config_of
+class Fit(NamedTuple):
+    """What a measured step says of a machine."""
 
-    config = config_of(record)
-    load = alone(config)
-    at_ceilings = compute_seconds(load, machine) + optimizer_seconds(load, machine)
-    started = start_seconds(load, machine) if machine.is_cpu else 0.0
+    efficiency: float
+    """Time at the machine's ceilings, as a share of what computing took."""
+    op_seconds: float
+    """What it took to start an operation."""
+
+
+def fit(record: dict, machine: Machine) -> Fit:
+    """Of a point of `fastmim bench step`.
+
+    On a CPU it has the time of a second batch, too (`other_batch`, `other_ms`): what does not grow with the batch tells how
+    long it takes to start operations. Without it, or where noise hides it, that is what `machine` says.
+    """
+    load = alone(config_of(record), record.get("micro_batches", 1))
+    seconds, limit, starts = record["ms"] / 1e3, seconds_at_ceilings(load, machine), load.accumulate * load.ops
+    if "other_ms" in record:
+        load = alone(config_of(record | {"batch_size": record["other_batch"]}), record["other_micro_batches"])
+        other, other_limit, other_starts = (
+            record["other_ms"] / 1e3,
+            seconds_at_ceilings(load, machine),
+            load.accumulate * load.ops,
+        )
+        # Two equations: seconds = limit / efficiency + starts x op_seconds, for either batch.
+        determinant = limit * other_starts - other_limit * starts
+        inverse = (seconds * other_starts - other * starts) / determinant
+        op_seconds = (limit * other - other_limit * seconds) / determinant
+        if inverse > 0 and op_seconds >= 0:
+            return Fit(1 / inverse, op_seconds)
+    started = starts * machine.op_seconds if machine.is_cpu else 0.0
     # Where starting operations is most of a step, a point says little about the rest.
-    return at_ceilings / max(record["ms"] / 1e3 - started, record["ms"] / 2e3)
+    return Fit(limit / max(seconds - started, seconds / 2), machine.op_seconds)
 
 
-def alone(config: TrainConfig) -> Load:
-    """The work of one process that takes the whole batch at once."""
-    model = config.model_spec()
-    step = trace_step(
-        config.method, model, config.options, config.batch_size, low_precision=config.precision != "fp32"
-    )  # fmt: skip
+def seconds_at_ceilings(load: Load, machine: Machine) -> float:
+    """Of a step, without what it takes to start operations."""
+    return load.accumulate * compute_seconds(load, machine) + optimizer_seconds(load, machine)
+
+
+def alone(config: TrainConfig, micro_batches: int = 1) -> Load:
+    """The work of one process that takes the whole batch, in so many parts."""
+    model, size = config.model_spec(), config.batch_size // micro_batches
+    step = trace_step(config.method, model, config.options, size, low_precision=config.precision != "fp32")
     with torch.device("meta"):
         method = methods.build(config.method, model, config.options, 0)
     formula = getattr(methods.find(config.method), "flops", None)
     flops = training_flops(config.method, model, config.options, formula)
-    return load_of(method, flops.training, config.batch_size, 1, step)
+    return load_of(method, flops.training, size, micro_batches, step)
 
 
 # ---- the command

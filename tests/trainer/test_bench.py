@@ -1,27 +1,39 @@
-"""The step benchmark: its ways compute the same, it goes on where it stopped, its tables come from its lines."""
+"""The step benchmark: its ways compute the same, what is missing is said, its counts and the command."""
 
 import importlib
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 from trainer_run import ROOT
 
+from fastmim import compiling
 from fastmim.bench import _command, config_of
 from fastmim.cli import run
 from fastmim.config import SIZES, ConfigError, Size
+from fastmim.methods import base as methods
 
-CEILING = {"suite": "ceiling", "device": "cpu", "device_type": "cpu", "threads": 1, "torch": "0", "commit": "c",
-           "matmul_tflops": 1.0, "matmul_fp32_tflops": 0.1, "copy_gb_s": 10.0}  # fmt: skip
+CEILING = {"suite": "ceiling", "device": "a CPU", "matmul_tflops": 1.0, "matmul_fp32_tflops": 0.1, "copy_gb_s": 10.0}
+
+
+LIGHT = {
+    "mae": dict(decoder_depth=2),
+    "cmae": dict(pixel_decoder_depth=2, feature_decoder_depth=1, head_hidden=48, head_out=16),
+}
 
 
 @pytest.fixture
 def step(monkeypatch):
-    """The script as a module, for encoders of two blocks."""
+    """The script as a module, for encoders of two blocks, and decoders as small."""
     monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
     monkeypatch.setitem(SIZES, "vit_pico", Size(48, 2, 3))
+    for name, sizes in LIGHT.items():
+        presets = methods.find(name).PRESETS
+        options = replace(presets["paper"].options, decoder_width=32, decoder_heads=4, **sizes)
+        monkeypatch.setitem(presets, "paper", presets["paper"]._replace(options=options))
     module = importlib.import_module("bench_step")
-    monkeypatch.setattr(module, "ceilings", lambda: dict(CEILING))
+    monkeypatch.setattr(module, "ceilings", lambda: CEILING | module.machine())
     return module
 
 
@@ -46,21 +58,46 @@ def test_official_style_gives_our_losses_and_gradients(step, method):
             assert error <= 1e-4 * expected[name].grad.norm() + 1e-6 * largest, name
 
 
-def test_ways_agree_are_counted_and_a_broken_run_goes_on(step, tmp_path, capsys):
+@pytest.mark.parametrize("way", ["timm", "hf", "lightly"])
+def test_other_packages_take_our_step(step, way):
+    """Their modules with our weights, images and masks: the losses of three steps are ours."""
+    reason = step.why_not(way, "mae")
+    if reason:
+        pytest.skip(reason)
+    theirs, ours = (step.warm(step.MAKE[name], case(step, "mae"), 3) for name in (way, "ours"))
+    assert theirs.losses == pytest.approx(ours.losses, rel=step.TOLERANCE["fp32"])
+    assert len(set(ours.losses)) == 3
+
+
+def test_ways_agree_are_counted_and_missing_ones_are_said(step, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(step.MAKE["timm"], "needs", "no_such_package")
     path = tmp_path / "steps.jsonl"
-    options = dict(rounds=3, checked=3, seconds=60)
-    first = step.run([case(step, "cmae")], ["ours", "plain", "official"], path, **options)
-    ways = {r["provider"]: r for r in first if r["suite"] == "step"}
+    found = step.run(
+        [case(step, "cmae")], ["ours", "plain", "official", "timm", "hf"], path, rounds=3, checked=3, seconds=60
+    )
+    ways = {r["provider"]: r for r in found if r["suite"] == "step"}
     assert list(ways) == ["ours", "plain", "official"] and all(r["loss_error"] <= 1e-5 for r in ways.values())
     assert ways["ours"]["host_syncs"] == 0 and ways["official"]["host_syncs"] == 1
-    assert ways["ours"]["ops"] < ways["plain"]["ops"] and ways["ours"]["ops"] < ways["official"]["ops"]
+    assert ways["ours"]["launches"] < min(ways["plain"]["launches"], ways["official"]["launches"])
     assert 0 < ways["ours"]["saved_mib"] <= ways["official"]["saved_mib"]
-    before = path.read_text()
-    step.run([case(step, "cmae"), case(step, "simmim")], ["ours"], path, **options)
-    assert "in the file already" in capsys.readouterr().out
-    assert path.read_text().startswith(before)
-    methods = [json.loads(line).get("method") for line in path.read_text().splitlines()]
-    assert methods.count("cmae") == 3 and methods.count("simmim") == 1
+    assert ways["ours"]["other_batch"] == 8 and ways["ours"]["other_ms"] > 0 and "other_ms" not in ways["plain"]
+    missing = {r["provider"]: r["why"] for r in found if r["suite"] == "missing"}
+    assert missing == {"timm": "no_such_package is not installed", "hf": "hf has mae alone"}
+    assert "timm     not measured: no_such_package is not installed" in capsys.readouterr().out
+    assert [json.loads(line)["suite"] for line in path.read_text().splitlines()] == [r["suite"] for r in found]
+
+
+def test_a_package_with_other_names_is_missing_not_wrong(step, monkeypatch):
+    """Weights that cannot be mapped: no speed, and the reason; ours is measured all the same."""
+
+    class Renamed(step.OfficialStyle):
+        def network(self):
+            raise LookupError("this version of a_package has other names: head.weight")
+
+    monkeypatch.setitem(step.MAKE, "hf", Renamed)
+    new = step.measure(case(step, "mae"), ["ours", "hf"], rounds=3, checked=1, seconds=60, ceiling=CEILING)
+    assert [(r["suite"], r["provider"]) for r in new] == [("step", "ours"), ("missing", "hf")]
+    assert new[1]["why"].endswith("head.weight")
 
 
 def test_nothing_is_timed_if_losses_differ(step, tmp_path, monkeypatch):
@@ -70,44 +107,62 @@ def test_nothing_is_timed_if_losses_differ(step, tmp_path, monkeypatch):
 
     monkeypatch.setitem(step.MAKE, "official", Wrong)
     path = tmp_path / "steps.jsonl"
-    with pytest.raises(AssertionError, match="official: losses"):
-        step.run([case(step, "mae")], ["ours", "official"], path, rounds=3, checked=2, seconds=60)
-    assert [json.loads(line)["suite"] for line in path.read_text().splitlines()] == ["ceiling"]
+    arguments = [
+        "bench_step.py", "--json", str(path), "--methods", "mae", "--models", "vit_pico", "--batch-sizes", "4", "--image-size", "32",
+        "--patch-size", "8", "--precisions", "fp32", "--providers", "official", "--rounds", "3", "--checked", "2",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert step.main() == 1
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["suite"], r.get("provider")) for r in found[1:-1]] == [("step", "ours"), ("missing", "official")]
+    assert found[2]["why"] == "its losses differ from ours by 1.0e-03, 1e-05 are allowed"
+    assert "Not measured: official for mae (its losses differ" in path.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(("way", "method"), [("Graph", "cmae"), ("Compiled", "mae")])
+def test_what_the_trainer_offers_takes_our_step(step, way, method, monkeypatch):
+    """The captured step (on a CPU its program, uncaptured) and compiled blocks (here on torch's eager backend)."""
+    providers = importlib.import_module("providers")
+    monkeypatch.setattr(providers, "compile_blocks", lambda method: compiling.compile_blocks(method, "eager"))
+    theirs, ours = (step.warm(getattr(providers, name), case(step, method), 3) for name in (way, "Ours"))
+    assert theirs.losses == pytest.approx(ours.losses, rel=1e-6)
 
 
 def test_ways_that_do_not_exist_say_why(step, monkeypatch):
-    assert step.why_not("official", "cae") == "official.py has MAE and CMAE"
+    assert step.why_not("official", "cae") == "official has mae and cmae alone"
     monkeypatch.setenv("FASTMIM_BENCH_COMPILE", "0")
     assert step.why_not("stock", "mae") == "FASTMIM_BENCH_COMPILE=0" and step.why_not("ours", "cae") == ""
 
 
-def test_report_is_made_of_the_lines(step, tmp_path):
-    report = importlib.import_module("report")
-    machine = {k: CEILING[k] for k in ("device", "device_type", "threads", "torch", "commit")}
-    point = {"suite": "step", **case(step, "mae"), **machine, "provider": "ours", "n": 7, "ms": 10.0, "ms_20": 9.0,
-             "ms_80": 12.0, "images_per_s": 400.0, "mfu_measured": 0.123, "loss_error": 0.0, "ops": 5, "host_syncs": 0,
-             "saved_mib": 3.0}  # fmt: skip
-    slow = {**point, "provider": "official", "ms": 25.0, "images_per_s": 160.0, "loss_error": 2e-6}
-    path = tmp_path / "steps.jsonl"
-    path.write_text("".join(json.dumps(r) + "\n" for r in (CEILING, slow, point)))
-    report.write_report(path)
-    text = path.with_suffix(".md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| mae")]
-    assert rows[0].startswith("| mae vit_pico/8 32px b4 fp32 | ours | 7 | 10.0 (9.0, 12.0) | 400.0 | 12 % | 1.00x |")
-    assert "| official |" in rows[1] and "| 2.50x | 2.0e-06 |" in rows[1]
-    assert "products 1 TFLOP/s, copies 10 GB/s" in text
+def test_kernels_and_waits_are_told_apart(step):
+    """What the profiler of a GPU gives: (name, whether it ran there)."""
+    tally = importlib.import_module("counters").tally
+    events = [("gemm", True), ("Memcpy HtoD", True), ("norm", True), ("cudaStreamSynchronize", False),
+              ("cudaLaunchKernelExC", False), ("cuLaunchKernel", False), ("cudaMemcpyAsync", False), ("gemm", True)]  # fmt: skip
+    assert tally(events) == {"launches": 2, "kernels": 3, "host_syncs": 1}
+
+
+def test_profile_has_the_products_of_a_step(step):
+    """A step of ours: the rows are sorted, and shares of one whole."""
+    rows = importlib.import_module("profile_step").top(case(step, "mae"), "ours")
+    assert [r["ms"] for r in rows] == sorted((r["ms"] for r in rows), reverse=True)
+    assert 0.3 < sum(r["share"] for r in rows) <= 1.0 + 1e-9
+    assert any("mm" in r["name"] or "linear" in r["name"] for r in rows)
 
 
 # ---- the command
 
 
-def test_command_starts_the_scripts_with_their_own_names_for_a_file():
-    assert _command("step", ["--json", "f.jsonl"])[0][1:] == ["--json", "f.jsonl"]
+def test_command_starts_the_scripts_with_a_file(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FASTMIM_BENCH_SHORT", raising=False)
+    for suite in ("step", "loader", "e2e"):
+        assert _command(suite, ["--json", "f.jsonl"])[0][1:] == ["--json", "f.jsonl"]
     command, env = _command("kernels", ["--json", "f.jsonl", "-k", "gather"])
-    assert command[-2:] == ["-k", "gather"] and env == {"FASTMIM_BENCH_OUT": "f.jsonl"}
-    assert _command("loader", ["--json", "out/f.jsonl"])[0][1:] == ["--write", "out/f"]
+    assert command[-2:] == ["-k", "gather"]
+    assert env == {"FASTMIM_BENCH_OUT": str(tmp_path / "f.jsonl"), "FASTMIM_BENCH_SHORT": "0"}
     with pytest.raises(ConfigError, match="--json: expected a file"):
-        _command("loader", ["--json"])
+        _command("kernels", ["--json"])
 
 
 def test_command_lists_the_suites(capsys):

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -207,6 +208,39 @@ def test_plan_takes_ceilings_and_efficiency_from_measurements(small, tmp_path):
     assert again.times["single"].total == pytest.approx(seconds, rel=0.01)
     with pytest.raises(ConfigError, match="expected bf16 steps of ours, found none"):
         plan.measured(file, "mae", "bf16")
+
+
+def test_plan_learns_from_two_batches_what_operations_take(small, tmp_path, monkeypatch):
+    """Steps made of 4 times the time at the ceilings, and 30 us per operation: a plan for another size finds both."""
+    presets = methods.find("mae").PRESETS
+    light = replace(presets["paper"].options, decoder_depth=1, decoder_width=32)
+    monkeypatch.setitem(presets, "paper", presets["paper"]._replace(options=light))
+    machine = {"device": "CPU of a test", "device_type": "cpu"}
+    at_limit = roofline.Machine("CPU of a test", 1e12 / 0.8, math.inf, 10e9 / 0.9, 0.0, is_cpu=True, op_seconds=30e-6)
+    sizes = {
+        "suite": "step",
+        "method": "mae",
+        "model": "vit_tiny",
+        "image_size": 64,
+        "patch_size": 16,
+        "precision": "fp32",
+    }
+
+    def seconds(images: int) -> float:
+        load = plan.alone(bench.config_of({**sizes, "batch_size": images}))
+        return 4 * plan.seconds_at_ceilings(load, at_limit) + 30e-6 * load.ops
+
+    point = {**sizes, "batch_size": 64, "provider": "ours", "ms": 1e3 * seconds(64), "micro_batches": 1, "other_batch": 16,
+             "other_ms": 1e3 * seconds(16), "other_micro_batches": 1, **machine}  # fmt: skip
+    ceiling = {"suite": "ceiling", "matmul_tflops": 9.0, "matmul_fp32_tflops": 1.0, "copy_gb_s": 10.0, **machine}
+    file = tmp_path / "steps.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in (ceiling, point)))
+    found, efficiency, _ = plan.measured(file, "mae", "fp32")
+    assert efficiency == pytest.approx(0.25) and found.op_seconds == pytest.approx(30e-6)
+    planned = plan.make_plan(bench.config_of({**sizes, "batch_size": 24}), Cluster(found, 1), efficiency)
+    assert planned.times["single"].total == pytest.approx(seconds(24), rel=0.01)
+    noise = plan.fit(point | {"other_ms": 2 * point["ms"]}, at_limit)
+    assert noise.op_seconds == at_limit.op_seconds, "a smaller batch that takes longer says nothing"
 
 
 @pytest.mark.skipif(not os.environ.get("FASTMIM_TIMING"), reason="FASTMIM_TIMING=1: measures, on an idle machine")

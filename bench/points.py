@@ -1,0 +1,51 @@
+"""Files of results: one line of JSON per measured point, written the moment it is measured.
+
+A run that is killed and started again with the same file goes on where it stopped: what the file has is not measured
+again. To measure anew, take another file.
+"""
+
+import json
+import os
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+
+
+class Points:
+    """Records of a file, or of nothing but this process.
+
+    Args:
+        path: the file; None: records are kept in memory alone.
+    """
+
+    def __init__(self, path: Path | None):
+        self.path = path
+        self.records: list[dict] = []
+        if path is not None and path.exists():
+            whole, _, torn = path.read_text().rpartition("\n")
+            self.records = [json.loads(line) for line in whole.splitlines()]
+            if torn:
+                # The process that wrote it was killed in the middle of a line.
+                path.write_text(whole + "\n" * bool(whole))
+
+    def add(self, records: Iterable[dict]) -> None:
+        """Appends records, all in one write, and waits for the disk."""
+        new = list(records)
+        self.records += new
+        if self.path is not None and new:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as file:
+                file.write("".join(json.dumps(record) + "\n" for record in new))
+                file.flush()
+                os.fsync(file.fileno())
+
+    def has(self, key: Callable[[dict], Hashable], value: Hashable) -> bool:
+        """Whether there is a record with that key."""
+        return any(key(record) == value for record in self.records)
+
+
+def latest(records: Iterable[dict], key: Callable[[dict], Hashable]) -> list[dict]:
+    """The last record of each key, in the order in which the keys came first."""
+    found: dict[Hashable, dict] = {}
+    for record in records:
+        found[key(record)] = record
+    return list(found.values())

@@ -1,0 +1,97 @@
+"""Tables and pictures are made of the lines of results, and docs/benchmarks.md of the files that are there."""
+
+import importlib
+import json
+import re
+import sys
+
+import pytest
+from trainer_run import ROOT
+
+MACHINE = {"device": "cpu", "device_type": "cpu", "threads": 1, "torch": "0", "commit": "c"}
+CEILING = {"suite": "ceiling", **MACHINE, "matmul_tflops": 1.0, "matmul_fp32_tflops": 0.1, "copy_gb_s": 10.0}
+POINT = {"suite": "step", "method": "mae", "model": "vit_base", "image_size": 224, "patch_size": 16, "batch_size": 256,
+         "precision": "bf16", **MACHINE, "provider": "ours", "n": 7, "ms": 10.0, "ms_20": 9.0, "ms_80": 12.0,
+         "images_per_s": 4050.0, "mfu_measured": 0.123, "loss_error": 0.0, "launches": 5, "host_syncs": 0, "saved_mib": 3.0}  # fmt: skip
+KERNEL = {"suite": "kernels", **MACHINE, "function": "gather_tokens", "case": "B8", "setting": "a CPU", "n": 5,
+          "ms": {"reference": 4.0, "native": 2.0, "eager": 6.0}, "forward_ms": {"reference": 3.0, "native": 1.0, "eager": 2.0},
+          "bytes_moved": 5_000_000, "flops": 0}  # fmt: skip
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    return importlib.import_module("report")
+
+
+def test_steps_are_compared_with_ours_and_the_last_measurement_counts(report):
+    slow = {**POINT, "provider": "official", "ms": 25.0, "images_per_s": 160.0, "loss_error": 2e-6, "launches": 50}
+    missing = {**POINT, "suite": "missing", "provider": "timm", "why": "timm is not installed"}
+    text = report.steps_page(
+        [CEILING, {**POINT, "ms": 99.0}, slow, missing, POINT, CEILING | {"matmul_tflops": 0.9}], "f"
+    )
+    rows = [line for line in text.splitlines() if line.startswith("| mae")]
+    assert rows[0].startswith(
+        "| mae vit_base/16 224px b256 bf16 | ours | 7 | 10.0 (9.0, 12.0) | 4050.0 | 12 % | 1.00x |"
+    )
+    assert len(rows) == 2 and "| official |" in rows[1] and "| 2.50x | 2.0e-06 | 50 |  | 0 | 3 |" in rows[1]
+    assert "products 1 TFLOP/s, copies 10 GB/s" in text and "the lowest is 10 % below" in text
+    assert "Not measured: timm for mae (timm is not installed)." in text and "aim" not in text
+    assert "Ceilings: not measured." in report.steps_page([POINT], "f")
+
+
+def test_an_h200_is_held_against_the_aims(report):
+    h200 = {"device": "NVIDIA H200"}
+    text = report.steps_page([CEILING | h200, POINT | h200], "f")
+    assert "| mae vit_base/16 224px b256 bf16 | ours | 4050 | 8100 | 12 % | 60 % | 50 % |" in text
+
+
+def test_share_of_the_ceiling_by_hand(report):
+    """5 MB at 10 GB/s are 0.5 ms, of 1 ms; 2 GFLOP at 1 TFLOP/s are 2 ms, of 4 ms."""
+    product = {
+        **KERNEL,
+        "function": "linear",
+        "flops": 2_000_000_000,
+        "forward_ms": {"reference": 4.0},
+        "ms": {"reference": 9.0},
+    }
+    text = report.kernels_page([CEILING, KERNEL, product], "f")
+    assert "| gather_tokens | B8 | 5 | 6.00 | 4.00 | 2.00 | 3.0x |  | 50 % |" in text
+    assert "| linear | B8 | 5 |  | 9.00 |  |  |  | 50 % |" in text
+    assert "|  |\n" in report.kernels_page([KERNEL], "f"), "no ceilings, no share"
+
+
+def test_every_suite_has_a_page_and_a_picture(report, tmp_path):
+    loader = {"suite": "loader", "data": "photos", "loader": "Pillow + DataLoader", "cpu_ms": [1.0], "images_per_s": [9.0],
+              "images": 8, "machine": "m", "versions": "v", "decoder": "d", "commit": "c", "date": "t"}  # fmt: skip
+    run = {"suite": "e2e", **MACHINE, "data": "photos", "flags": ["--method", "mae"], "steps": 9, "source": "real", "n": 3,
+           "images_per_s": 90.0, "data_wait": 0.01}  # fmt: skip
+    gpu = {"suite": "gpu kernels", "op": "gather", "case": "B8", "function": "gather_tokens", "device": "g", "torch": "0",
+           "providers": {"triton": {"forward_ms": 1.0, "both_ms": 2.0}, "eager": {"error": "x"}}, "copy_gb_s": 4.0, "gb_s": 2.0}  # fmt: skip
+    product = {**KERNEL, "flops": 2_000_000_000}
+    profile = {**POINT, "suite": "profile", "top": [{"name": "mm", "calls": 3.0, "ms": 1.5, "share": 0.5}]}
+    check = {"suite": "check", "op": "gather", "cases": 7, "wrong": 1, "device": "g", "torch": "0"}
+    files = {
+        "steps": ([CEILING, POINT], "| ours |"), "kernels": ([CEILING, product], "| gather_tokens |"),
+        "loaders": ([loader], "| 1.00 (1.00..1.00) |"), "gpu": ([gpu], "| 2 | 50 % | 1.000 / 2.000 | error |"),
+        "e2e": ([run, {**run, "source": "synthetic", "images_per_s": 100.0}], "| 90 | 100 | 90 % | 1.0 % |"),
+        "profiles": ([profile], "| 50.0 % | 1.500 | 3 | `mm` |"), "checks": ([check], "| gather | 7 | 1 |"),
+    }  # fmt: skip
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    for name, (records, words) in files.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(r) + "\n" for r in records))
+        report.write_report(path)
+        assert words in path.with_suffix(".md").read_text(), name
+        if has_matplotlib and name not in ("e2e", "profiles", "checks"):
+            assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG"), name
+    text = report.document(tmp_path)
+    assert "![steps](benchmarks/steps.png)" in text and "## Training steps: `steps.jsonl`" in text
+    assert "\n### cpu, 1 thread(s), torch 0" in text
+
+
+def test_the_page_is_made_of_the_files_that_are_there(report):
+    text = report.DOCUMENT.read_text()
+    assert text == report.document(report.RESULTS), "python bench/report.py"
+    for picture in re.findall(r"\]\((benchmarks/[^)]*)\)", text):
+        assert (report.DOCUMENT.parent / picture).is_file(), f"{picture}: python bench/report.py, with matplotlib"

@@ -1,0 +1,152 @@
+"""Every benchmark goes on, point by point, where it was killed: nothing is lost, nothing is measured twice."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from trainer_run import ROOT
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """name -> module of the bench folder."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *sys.path])
+    return importlib.import_module
+
+
+def test_a_torn_line_is_dropped_and_whole_ones_are_kept(bench, tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}\n{"a": ')
+    points = bench("points").Points(path)
+    points.add([{"a": 3}])
+    assert [json.loads(line)["a"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert points.has(lambda r: r["a"], 3) and not points.has(lambda r: r["a"], 4)
+    path.write_text('{"a": ')
+    assert bench("points").Points(path).records == [] and path.read_text() == ""
+
+
+def test_steps_go_on_after_a_kill(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    command = [
+        sys.executable, str(ROOT / "bench" / "bench_step.py"), "--json", str(path), "--methods", "mae", "icmae", "simmim",
+        "--models", "vit_pico", "--batch-sizes", "4", "--image-size", "32", "--patch-size", "8", "--precisions", "fp32",
+        "--rounds", "3", "--checked", "1", "--seconds", "5", "--providers", "ours",
+    ]  # fmt: skip
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in (".", "kernels", "pipelines"))}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (path.exists() and '"step"' in path.read_text()) and process.poll() is None:
+        assert time.monotonic() < deadline, "no point was measured"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = path.read_text()
+    kept = before[: before.rfind("\n") + 1]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert path.read_text().startswith(kept) and "in the file already" in done.stdout
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sorted(r["method"] for r in records if r["suite"] == "step") == ["icmae", "mae", "simmim"]
+    assert path.with_suffix(".md").read_text().count("| ours |") == 3
+
+
+def test_kernels_leave_out_what_the_file_has(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMIM_BENCH_SHORT", "1")
+    kernels = bench("bench_kernels")
+    op, case, device = next(p.values for p in kernels.RUNS if p.values[0] == "masks")
+    monkeypatch.setattr(kernels, "CALLS", 3)
+    path = tmp_path / "kernels.jsonl"
+    kernels.bench_op(op, case, device, kernels.Points(path), monkeypatch)
+    (record,) = kernels.Points(path).records
+    assert record["n"] == 3 and record["ms"]["reference"] > 0 and record["function"] == case.function
+    with pytest.raises(pytest.skip.Exception, match="has it already"):
+        kernels.bench_op(op, case, device, kernels.Points(path), monkeypatch)
+
+
+def test_gpu_kernels_leave_out_what_the_file_has(bench, tmp_path, monkeypatch, capsys):
+    """On CPU tensors, where native kernels take Triton's place."""
+    monkeypatch.setenv("FASTMIM_KERNELS", "reference")
+    kernels = bench("gpu_kernels")
+    if not kernels.has_ours("gather"):
+        pytest.skip("the native kernels are not built")
+    path = tmp_path / "checks.jsonl"
+    for _ in range(2):
+        assert kernels.check(["gather"], kernels.Points(path)) == 0
+    assert "gather: in the file already" in capsys.readouterr().out
+    (record,) = kernels.Points(path).records
+    assert record["cases"] > 5 and record["wrong"] == 0
+    for _ in range(2):
+        assert kernels.compare(["gather"], ["native", "eager"], 60, kernels.Points(path)) == 0
+    assert [r["suite"] for r in kernels.Points(path).records] == ["check", "gpu kernels"]
+
+
+def test_a_wrong_kernel_fails_the_check(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMIM_KERNELS", "reference")
+    kernels = bench("gpu_kernels")
+    if not kernels.has_ours("gather"):
+        pytest.skip("the native kernels are not built")
+    monkeypatch.setattr(kernels.cases, "error", lambda case, device: case.tolerance + 1e-6)
+    assert kernels.check(["gather"], kernels.Points(None)) > 5
+
+
+def test_loaders_go_on_in_the_middle_of_a_round(bench, tmp_path, monkeypatch):
+    loaders, calls = bench("bench_loader"), []
+
+    class Broken(RuntimeError):
+        pass
+
+    class Contender:
+        def __init__(self, make):
+            self.make, self.error = make, "absent" if make == "c" else None
+
+        def measure(self, images):
+            calls.append(self.make)
+            if len(calls) == 4:
+                raise Broken
+            return float(len(calls)), 10.0
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(loaders, "Contender", Contender)
+    monkeypatch.setattr(loaders, "contenders_of", lambda folder, packed: {loaders.BASE: "a", "b": "b", "c": "c"})
+    monkeypatch.setattr(loaders, "describe", lambda folder: "files")
+    path = tmp_path / "loaders.jsonl"
+    with pytest.raises(Broken):
+        loaders.compare("photos", tmp_path, 8, 3, loaders.Points(path))
+    assert calls == ["a", "b", "a", "b"]
+    loaders.compare("photos", tmp_path, 8, 3, loaders.Points(path))
+    assert calls == ["a", "b", "a", "b", "b", "a", "b"]
+    loaders.compare("photos", tmp_path, 8, 3, loaders.Points(path))
+    assert len(calls) == 7, "all is in the file"
+    rows = {row["loader"]: row["cpu_ms"] for row in loaders.loader_report.rows(loaders.Points(path).records, "photos")}
+    assert rows == {loaders.BASE: [1.0, 3.0, 6.0], "b": [2.0, 5.0, 7.0]}
+    page = loaders.loader_report.page(loaders.Points(path).records)
+    assert "Not measured: c (absent)." in page and "| b | 5.00 (2.00..7.00) | 0.60 x |" in page
+
+
+def test_whole_runs_go_on_with_the_run_that_is_missing(bench, tmp_path, monkeypatch):
+    e2e, runs = bench("bench_e2e"), []
+
+    def train(flags, steps, out):
+        runs.append(flags)
+        if len(runs) == 2:
+            raise RuntimeError("killed")
+        return [{"images_per_s": 90.0 if "--data" in flags else 100.0, "data_wait": 0.01}]
+
+    monkeypatch.setattr(e2e, "train", train)
+    path = tmp_path / "e2e.jsonl"
+    for i in range(3):
+        if i == 0:
+            with pytest.raises(RuntimeError, match="killed"):
+                e2e.run(tmp_path, "photos", e2e.SMALL, 9, e2e.Points(path))
+        else:
+            e2e.run(tmp_path, "photos", e2e.SMALL, 9, e2e.Points(path))
+    assert ["--data" in flags for flags in runs] == [True, False, False]
+    ((real, bare),) = bench("report").e2e_pairs(e2e.Points(path).records)
+    assert real["images_per_s"] == 90.0 and bare["images_per_s"] == 100.0
