@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,10 +16,16 @@ from fastmim.run_directory import CONFIG_FILE, newest_run
 
 # Inserted by launchers; the rank comes from the environment.
 IGNORED = "--local_rank"
+# Settings whose values YAML takes for truth values.
+ON_OFF = ("compile", "graph")
 
 
-def parse_train(argv: list[str]) -> TrainConfig:
+def parse_train(argv: list[str], shared: Callable[[list[str]], list[str]] = list) -> TrainConfig:
     """The configuration of a training run.
+
+    Args:
+        argv: after `train`.
+        shared: called with the words of the config of the run that is continued, if it is here; gives those of rank 0.
 
     Raises:
         ConfigError: unknown flag, preset or method, unreadable file.
@@ -32,12 +38,14 @@ def parse_train(argv: list[str]) -> TrainConfig:
     out, resume = _value(argv, "--out"), _value(argv, "--resume")
     for file in files:
         layers.insert(0, _file_tokens(Path(file)))
+    continued: list[str] = []
     if resume is not None:
         run = (
             Path(out) if out is not None else newest_run(_value(list(chain(*layers)), "--method") or TrainConfig.method)
         )
         if run is not None and (run / CONFIG_FILE).is_file():
-            layers.insert(0, [*_without(_file_tokens(run / CONFIG_FILE), "--resume"), "--out", str(run)])
+            continued = [*_without(_file_tokens(run / CONFIG_FILE), "--resume"), "--out", str(run)]
+    layers.insert(0, shared(continued))
     flat = list(chain(*layers))
     method = _value(flat, "--method") or TrainConfig.method
     module = find(method)
@@ -133,6 +141,8 @@ def _tokens(content: dict[str, Any], prefix: str) -> Iterator[str]:
         flag = prefix + str(key).replace("_", "-")
         if isinstance(value, dict):
             yield from _tokens(value, flag + ".")
+        elif isinstance(value, bool) and key in ON_OFF:
+            yield from (flag, "on" if value else "off")
         elif isinstance(value, bool):
             yield flag if value else f"{prefix}no-{flag.removeprefix(prefix)}"
         else:

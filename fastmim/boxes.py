@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastmim.compiling import uncompiled
 from fastmim.config import ConfigError
-from fastmim.dist import world_size
+from fastmim.dist import broadcast, is_main, world_size
 from fastmim.engine.base import Engine
 from fastmim.methods.base import Method
 
@@ -181,7 +182,7 @@ class HeatBoxes:
             self.is_given = True
 
     def _update(self, step: int) -> None:
-        with self.engine.whole(), self.engine.autocast():
+        with self.engine.whole(), self.engine.autocast(), uncompiled():
             size = self.method.model.image_size
             boxes, rule = find_boxes(self.method.heat_map, self.reader, self.count, size, self.engine.device)
         self.found, self.is_given = boxes.cpu().numpy(), False
@@ -198,11 +199,16 @@ class HeatBoxes:
             save_file({"boxes": self.found}, folder / BOXES_FILE)
 
     def load(self, folder: Path) -> None:
-        """Reads what `save` wrote."""
-        self.is_given = False
-        self.found = load_file(folder / BOXES_FILE)["boxes"] if (folder / BOXES_FILE).exists() else None
-        if self.found is not None and len(self.found) != self.count:
+        """Reads what `save` wrote, on rank 0: the others need not see the folder. Collective."""
+        self.is_given, path, device = False, folder / BOXES_FILE, self.engine.device
+        found = torch.empty(0, 4)
+        if is_main() and path.exists():
+            found = torch.from_numpy(load_file(path)["boxes"])
+        count = int(broadcast(torch.tensor(len(found), device=device)))
+        if count not in (0, self.count):
             raise ConfigError(
-                f"--resume: {folder / BOXES_FILE} has boxes of {len(self.found)} images, --data has {self.count}; "
+                f"--resume: {path} has boxes of {count} images, --data has {self.count}; "
                 f"use the same data, or start anew with another --out"
             )
+        shared = found.to(device) if is_main() else torch.empty(count, 4, device=device)
+        self.found = broadcast(shared).cpu().numpy() if count else None

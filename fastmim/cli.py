@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from fastmim.config import ConfigError, nearest
@@ -34,24 +35,32 @@ GRACE_SECONDS = 5
 USAGE_ERROR, NO_CHECKPOINT, STORAGE_ERROR, PEER_GONE, SAVED_ON_SIGNAL = 2, 3, 6, 7, 75
 
 
+# Where each is. They are imported when called for: torch alone takes seconds.
+COMMANDS = {
+    "train": "cli:train", "knn": "evaluate.command:knn", "linear": "evaluate.command:linear",
+    "record-tokens": "cli:record_tokens", "pack": "data_commands:pack", "verify-data": "data_commands:verify_data",
+    "doctor": "doctor:doctor", "replay": "replay:replay", "zero-import": "zero_import:zero_import",
+    "demo-data": "data_commands:demo_data", "plan": "plan:plan_command", "bench": "bench:bench_command", "tune": "tune:tune",
+    "info": "info:info",
+}  # fmt: skip
+# Functions of argv; the parameters of the others are their options.
+PARSERS = {"train", "knn", "linear", "record-tokens", "doctor", "plan", "bench"}
+
+
 def run(argv: list[str]) -> int:
     """Runs one command; returns the exit code."""
-    commands: dict[str, Callable[[list[str]], int]] = {
-        "train": _train, "knn": _knn, "linear": _linear, "record-tokens": _record_tokens, "pack": _pack,
-        "verify-data": _verify_data, "doctor": _doctor, "replay": _replay, "zero-import": _zero_import, "demo-data": _demo_data, "plan": _plan, "bench": _bench, "tune": _tune, "info": _info,
-    }  # fmt: skip
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0
-    if argv[0] not in commands:
-        return _fail(ConfigError(f"fastmim: expected a command ({', '.join(commands)}), got {argv[0]}"
-                                 f"{nearest(argv[0], list(commands))}"), USAGE_ERROR)  # fmt: skip
+    if argv[0] not in COMMANDS:
+        return _fail(ConfigError(f"fastmim: expected a command ({', '.join(COMMANDS)}), got {argv[0]}"
+                                 f"{nearest(argv[0], list(COMMANDS))}"), USAGE_ERROR)  # fmt: skip
     try:
         if os.environ.get("FASTMIM_FAULT"):
             from fastmim.testing import faults
 
             faults.install(os.environ["FASTMIM_FAULT"])
-        return commands[argv[0]](argv[1:])
+        return _command(argv[0])(argv[1:]) or 0
     except OSError as e:
         return _fail(e, STORAGE_ERROR)
     except Exception as e:
@@ -75,36 +84,34 @@ def _fail(error: Exception, code: int) -> int:
     return code
 
 
-def _train(argv: list[str]) -> int:
+def _command(name: str) -> Callable[[list[str]], int | None]:
+    module, _, function = COMMANDS[name].partition(":")
+    action = getattr(import_module(f"fastmim.{module}"), function)
+    if name in PARSERS:
+        return action
+    import tyro
+
+    return lambda argv: tyro.cli(action, prog=f"fastmim {name}", args=argv)
+
+
+def train(argv: list[str]) -> int:
+    """`fastmim train`; returns the exit code."""
+    from fastmim.agreement import agreed, from_rank_0
     from fastmim.arguments import parse_train
     from fastmim.dist import peers_reported
     from fastmim.session import Session
 
     with peers_reported():
-        return 0 if Session(parse_train(argv)).run() else SAVED_ON_SIGNAL
+        return 0 if agreed(lambda: Session(parse_train(argv, from_rank_0))).run() else SAVED_ON_SIGNAL
 
 
-def _knn(argv: list[str]) -> int:
-    from fastmim.evaluate.command import knn
-
-    knn(argv)
-    return 0
-
-
-def _linear(argv: list[str]) -> int:
-    from fastmim.evaluate.command import linear
-
-    linear(argv)
-    return 0
-
-
-def _record_tokens(argv: list[str]) -> int:
+def record_tokens(argv: list[str]) -> None:
+    """`fastmim record-tokens`."""
     from fastmim.arguments import parse_train
     from fastmim.session import Session
 
     folder, steps, argv = _recording(argv)
     Session(parse_train(argv)).record_tokens(folder, steps)
-    return 0
 
 
 def _recording(argv: list[str]) -> tuple[Path, range, list[str]]:
@@ -120,98 +127,3 @@ def _recording(argv: list[str]) -> tuple[Path, range, list[str]]:
     parser.add_argument("--last", type=int, required=True, metavar="STEP", help="last step to record")
     own, rest = parser.parse_known_args(argv)
     return own.write, range(own.first, own.last + 1), rest
-
-
-def _pack(argv: list[str]) -> int:
-    import tyro
-
-    from fastmim.data_commands import pack
-
-    tyro.cli(pack, prog="fastmim pack", args=argv)
-    return 0
-
-
-def _verify_data(argv: list[str]) -> int:
-    import tyro
-
-    from fastmim.data_commands import verify_data
-
-    tyro.cli(verify_data, prog="fastmim verify-data", args=argv)
-    return 0
-
-
-def _doctor(argv: list[str]) -> int:
-    from fastmim.doctor import doctor
-
-    doctor(argv)
-    return 0
-
-
-def _replay(argv: list[str]) -> int:
-    import tyro
-
-    from fastmim.replay import replay
-
-    return tyro.cli(replay, prog="fastmim replay", args=argv)
-
-
-def _zero_import(argv: list[str]) -> int:
-    import tyro
-
-    from fastmim.zero_import import zero_import
-
-    tyro.cli(zero_import, prog="fastmim zero-import", args=argv)
-    return 0
-
-
-def _tune(argv: list[str]) -> int:
-    import tyro
-
-    from fastmim.tune import tune
-
-    tyro.cli(tune, prog="fastmim tune", args=argv)
-    return 0
-
-
-def _demo_data(argv: list[str]) -> int:
-    import tyro
-    from fastmim_pipelines.demo import write_demo
-
-    def demo_data(folder: tyro.conf.Positional[Path], images: int = 3000, val_images: int = 600, seed: int = 0) -> None:
-        """Write the demo data set: JPEG files in train/<class>/ and val/<class>/.
-
-        Args:
-            folder: where to; a finished set of the same parameters is kept.
-            images: training images.
-            val_images: validation images.
-            seed: the same seed gives the same bytes.
-        """
-        try:
-            write_demo(folder, images=images, val_images=val_images, seed=seed, progress=print)
-        except ValueError as e:
-            raise ConfigError(str(e)) from e
-
-    tyro.cli(demo_data, prog="fastmim demo-data", args=argv)
-    return 0
-
-
-def _plan(argv: list[str]) -> int:
-    from fastmim.plan import plan_command
-
-    plan_command(argv)
-    return 0
-
-
-def _bench(argv: list[str]) -> int:
-    from fastmim.bench import bench_command
-
-    return bench_command(argv)
-
-
-def _info(argv: list[str]) -> int:
-    import tyro
-
-    from fastmim.info import info
-
-    tyro.cli(info, prog="fastmim info", args=argv)
-    return 0

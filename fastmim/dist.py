@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# How long processes that start together may take to find each other. Source: own choice; hosts of one job boot apart.
+START_S = 600
 # Seconds that this process has waited for others inside a forward pass; what remains of it is its own work.
 waited_s = 0.0
 # Whether it does so now.
@@ -53,19 +55,81 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def start(device: torch.device, timeout_s: float = 600) -> None:
+_store: dist.Store | None = None
+
+
+def launchers_store() -> dist.Store:
+    """Texts by name, seen by all processes of the launcher; exists before the process group, which uses it, too."""
+    global _store
+    if _store is None:
+        _store = next(dist.rendezvous("env://", timeout=timedelta(seconds=START_S)))[0]
+    return _store
+
+
+def _question(name: str) -> dist.Store:
+    # torchrun may keep the store when it starts the processes again.
+    return dist.PrefixStore(f"fastmim/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}", launchers_store())
+
+
+def from_rank_0(name: str, text: str) -> str:
+    """Rank 0's text on every rank; needs no process group.
+
+    Args:
+        name: of this text; each is to be sent once in the life of the processes.
+    """
+    if launched_world() == 1:
+        return text
+    store = _question(name)
+    if launched_rank() == 0:
+        store.set("text", text)
+    return store.get("text").decode()
+
+
+def judged_by_rank_0(name: str, text: str, judge: Callable[[list[str]], str]) -> str:
+    """What rank 0 makes of the texts of all ranks, on every rank; needs no process group.
+
+    Args:
+        name: of this question; each is to be asked once in the life of the processes.
+        judge: called on rank 0 with the texts in rank order.
+    """
+    if launched_world() == 1:
+        return judge([text])
+    store, ranks = _question(name), range(launched_world())
+    store.set(f"said/{launched_rank()}", text)
+    is_judge = launched_rank() == 0
+    verdict = from_rank_0(
+        f"{name}/verdict", judge([store.get(f"said/{r}").decode() for r in ranks]) if is_judge else ""
+    )
+    store.set(f"read/{launched_rank()}", "")
+    if is_judge:
+        # The store may be in this process: it must not end before everybody has the verdict.
+        store.wait([f"read/{r}" for r in ranks])
+    return verdict
+
+
+def start(device: torch.device, timeout_s: float = START_S) -> None:
     """Joins the process group of the launcher's processes (gloo on CPUs, NCCL on GPUs)."""
     if not dist.is_initialized():
         kwargs = {"device_id": device} if device.type == "cuda" else {}
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **kwargs)
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s)
+        launchers_store().set_timeout(timeout)
+        dist.init_process_group(
+            backend,
+            store=launchers_store(),
+            rank=launched_rank(),
+            world_size=launched_world(),
+            timeout=timeout,
+            **kwargs,
+        )
 
 
 def finish() -> None:
     """Leaves the process group; without it a finished process sometimes aborts."""
+    global _store
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        _store = None
 
 
 @contextmanager

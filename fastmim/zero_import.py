@@ -63,6 +63,10 @@ class Found(NamedTuple):
     step: int
 
 
+class SizeError(Exception):
+    """The tensors of a group take more or fewer numbers than there are."""
+
+
 class ZeroReader(Reader):
     """Also knows the names that DeepSpeed's own files use."""
 
@@ -90,7 +94,11 @@ def read_file(path: Path) -> dict:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            index = next(n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl"))
+            index = next((n for n in archive.namelist() if n.count("/") == 1 and n.endswith("/data.pkl")), None)
+            if index is None:
+                raise pickle.UnpicklingError("the archive has no data.pkl")
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise pickle.UnpicklingError("the archive is compressed, which torch.save never does")
             root = index.removesuffix("data.pkl")
             loaded = ZeroReader(io.BytesIO(archive.read(index))).load()
             data: dict[str, bytearray] = {}
@@ -98,26 +106,33 @@ def read_file(path: Path) -> dict:
             def tensor(view: View) -> Tensor:
                 storage: Storage = view.storage
                 if storage.key not in data:
-                    data[storage.key] = bytearray(archive.read(f"{root}data/{storage.key}"))
-                    if len(data[storage.key]) != storage.num_bytes:
-                        raise pickle.UnpicklingError(f"storage {storage.key} has another size than the index says")
+                    name = f"{root}data/{storage.key}"
+                    if archive.getinfo(name).file_size != storage.num_bytes:
+                        raise pickle.UnpicklingError(f"{name} has another size than the index says")
+                    data[storage.key] = bytearray(archive.read(name))
                 return view.tensor(data[storage.key])
 
-            return _with_tensors(loaded, tensor)
-    except (*PICKLE_ERRORS, zipfile.BadZipFile, OSError, StopIteration) as e:
+            found = _with_tensors(loaded, tensor, {})
+    except (*PICKLE_ERRORS, zipfile.BadZipFile, OSError) as e:
         raise ConfigError(f"{path}: expected a file of a DeepSpeed checkpoint: {e or type(e).__name__}") from e
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path}: expected a file of a DeepSpeed checkpoint, got a {type(found).__name__} in it")
+    return found
 
 
-def _with_tensors(value: Any, tensor: Callable[[View], Tensor], depth: int = 0) -> Any:
-    if depth > 20:
-        raise pickle.UnpicklingError("it is nested too deeply")
+def _with_tensors(value: Any, tensor: Callable[[View], Tensor], done: dict[int, Any]) -> Any:
+    """The same with tensors in the place of views; what occurs twice is done once, however a file nests it."""
     if isinstance(value, View):
         return tensor(value)
-    if isinstance(value, dict):
-        return {key: _with_tensors(item, tensor, depth + 1) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(item, tensor, depth + 1) for item in value]
-    return value
+    if not isinstance(value, (dict, list)):
+        return value
+    if id(value) not in done:
+        done[id(value)] = None  # in itself it has no place
+        if isinstance(value, dict):
+            done[id(value)] = {key: _with_tensors(item, tensor, done) for key, item in value.items()}
+        else:
+            done[id(value)] = [_with_tensors(item, tensor, done) for item in value]
+    return done[id(value)]
 
 
 def read_checkpoint(folder: Path) -> Found:
@@ -128,8 +143,8 @@ def read_checkpoint(folder: Path) -> Found:
     """
     latest = folder / "latest"
     if latest.is_file():
-        tag = latest.read_text().strip()
-        if "/" in tag or not (folder / tag).is_dir():
+        tag = latest.read_text(errors="replace").strip()
+        if tag in ("", ".", "..") or "/" in tag or not (folder / tag).is_dir():
             raise ConfigError(f"{latest}: expected the name of a folder beside it, got {tag!r}")
         folder = folder / tag
     models, optimizers = _by_rank(folder, "model_states"), _by_rank(folder, "optim_states")
@@ -141,18 +156,24 @@ def read_checkpoint(folder: Path) -> Found:
     step = int(model.get("global_steps") or 0)
     if not optimizers:
         return _unsharded(model, step)
-    states = [read_file(path)["optimizer_state_dict"] for path in optimizers]
-    counts = states[0].get("partition_count", len(states))
-    ranks = max(counts) if isinstance(counts, list) else int(counts)
-    if len(states) != ranks:
-        raise ConfigError(f"{folder}: expected the optimizer states of {ranks} ranks, got {len(states)} files")
     try:
-        if "fp32_flat_groups" in states[0]:
+        states = [read_file(path)["optimizer_state_dict"] for path in optimizers]
+        counts = states[0]["partition_count"]
+        ranks = max(counts) if isinstance(counts, list) else int(counts)
+        is_stage_3 = "fp32_flat_groups" in states[0]
+        for what, files in (
+            (("optimizer", optimizers), ("model", models)) if is_stage_3 else (("optimizer", optimizers),)
+        ):
+            if len(files) != ranks:
+                raise ConfigError(f"{folder}: expected the {what} states of {ranks} ranks, got {len(files)} files")
+        if is_stage_3:
             rest = [model, *(read_file(path) for path in models[1:])]
             return Found(*_stage_3(rest, states), 3, ranks, step)
         stage = int(model["ds_config"]["zero_optimization"]["stage"])
         return Found(*_stages_1_2(model, states), stage, ranks, step)
-    except (KeyError, IndexError, RuntimeError, TypeError) as e:
+    except SizeError as e:
+        raise ConfigError(f"{folder}: {e}; a file is damaged, or of another checkpoint") from e
+    except (KeyError, IndexError, RuntimeError, TypeError, ValueError, AttributeError) as e:
         raise ConfigError(f"{folder}: expected the layout of DeepSpeed's checkpoints, did not find {e}") from e
 
 
@@ -168,7 +189,7 @@ def _by_rank(folder: Path, what: str) -> list[Path]:
 
 def _unsharded(model: dict, step: int) -> Found:
     """Stage 0: the optimizer is in the model's file, its parameters are numbered."""
-    weights = {name: t.float() if t.is_floating_point() else t for name, t in model["module"].items()}
+    weights = {name: _fp32(tensor) for name, tensor in model["module"].items()}
     return Found(weights, {}, 0, 1, step)
 
 
@@ -179,15 +200,17 @@ def _stages_1_2(model: dict, states: list[dict]) -> tuple[dict, dict]:
         padding = states[0].get("param_alignment_paddings")
         gaps = padding[group] if padding else [0] * len(shapes)
         flat = torch.cat([state["single_partition_of_fp32_groups"][group] for state in states])
-        weights |= dict(_cut(flat, shapes, gaps))
+        weights |= dict(_cut(flat, shapes, gaps, len(states)))
         for kind in MOMENTS:
             parts = [state["base_optimizer_state"]["state"].get(group, {}).get(kind) for state in states]
             if all(isinstance(part, Tensor) for part in parts):
-                moments |= {(kind, name): t for name, t in _cut(torch.cat(parts), shapes, gaps)}
+                moments |= {(kind, name): t for name, t in _cut(torch.cat(parts), shapes, gaps, len(parts))}
     return _with_shared(weights, model), moments
 
 
-def _cut(flat: Tensor, shapes: dict[str, tuple], gaps: list[int]) -> Iterator[tuple[str, Tensor]]:
+def _cut(flat: Tensor, shapes: dict[str, tuple], gaps: list[int], ranks: int) -> Iterator[tuple[str, Tensor]]:
+    # The end is padded to a multiple of twice the ranks. Source: utils/zero_to_fp32.py, zero2_align.
+    _expect(sum(torch.Size(shape).numel() for shape in shapes.values()) + sum(gaps), flat.numel(), 2 * ranks, shapes)
     at = 0
     for (name, shape), gap in zip(shapes.items(), gaps):
         count = torch.Size(shape).numel()
@@ -195,13 +218,26 @@ def _cut(flat: Tensor, shapes: dict[str, tuple], gaps: list[int]) -> Iterator[tu
         at += count + gap
 
 
+def _expect(needed: int, found: int, alignment: int, shapes: dict[str, tuple]) -> None:
+    if -(-needed // alignment) != -(-found // alignment):
+        names = list(shapes)
+        raise SizeError(f"expected {needed} numbers for {names[0]} to {names[-1]}, got {found}")
+
+
 def _stage_3(models: list[dict], states: list[dict]) -> tuple[dict, dict]:
     """Each parameter is cut into equal parts, the last one padded; a rank's parts are joined group by group."""
     shapes = {name: shape for group in models[0]["param_shapes"] for name, shape in group.items()}
-    weights = {name: models[0]["module"][name] for name in models[0]["buffer_names"]}
-    for name, shape in models[0]["frozen_param_shapes"].items():
-        parts = [model["frozen_param_fragments"][name] for model in models]
-        weights[name] = torch.cat([p.flatten() for p in parts])[: torch.Size(shape).numel()].view(shape).float()
+    buffers = set(models[0]["buffer_names"])
+    # The parameters in there are placeholders.
+    weights = {name: _fp32(tensor) for name, tensor in models[0]["module"].items() if name in buffers}
+    for name, shape in (models[0].get("frozen_param_shapes") or {}).items():
+        flat, count = (
+            torch.cat([model["frozen_param_fragments"][name].flatten() for model in models]),
+            torch.Size(shape).numel(),
+        )
+        if len(flat) < count:
+            raise SizeError(f"{name}: expected {count} numbers, got {len(flat)}")
+        weights[name] = _fp32(flat[:count].view(shape))
     weights |= dict(_joined([torch.cat(state["fp32_flat_groups"]) for state in states], shapes))
     moments = {}
     for kind in MOMENTS:
@@ -213,23 +249,30 @@ def _stage_3(models: list[dict], states: list[dict]) -> tuple[dict, dict]:
 
 
 def _joined(flats: list[Tensor], shapes: dict[str, tuple]) -> Iterator[tuple[str, Tensor]]:
+    parts = [-(-torch.Size(shape).numel() // len(flats)) for shape in shapes.values()]
+    for flat in flats:
+        _expect(sum(parts), flat.numel(), 1, shapes)
     at = 0
-    for name, shape in shapes.items():
+    for (name, shape), part in zip(shapes.items(), parts):
         count = torch.Size(shape).numel()
-        part = -(-count // len(flats))
         yield name, torch.cat([flat[at : at + part] for flat in flats])[:count].view(shape).clone()
         at += part
 
 
 def _unpartitioned(model: dict) -> dict[str, Tensor]:
-    """Buffers and frozen parameters, which stages 1 and 2 leave whole."""
-    frozen = model.get("frozen_param_fragments") or {}
-    buffers = {name: model["module"][name] for name in model["buffer_names"]}
-    return buffers | {name: t.float() for name, t in frozen.items()}
+    """What stages 1 and 2 leave whole: buffers, frozen parameters, and the trained ones in the precision of the products."""
+    whole = model["module"] | (model.get("frozen_param_fragments") or {})
+    return {name: _fp32(tensor) for name, tensor in whole.items()}
+
+
+def _fp32(tensor: Tensor) -> Tensor:
+    """Counts stay what they are."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _with_shared(weights: dict[str, Tensor], model: dict) -> dict[str, Tensor]:
-    return weights | {alias: weights[name].clone() for alias, name in (model.get("shared_params") or {}).items()}
+    shared = (model.get("shared_params") or {}).items()
+    return weights | {alias: weights[name].clone() for alias, name in shared if name in weights}
 
 
 def _shared_prefix(names: list[str]) -> str:

@@ -7,6 +7,7 @@ Adam one step late at stage 0, and its averages in bf16 would stall the EMA.
 """
 
 import os
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
@@ -46,8 +47,29 @@ def import_deepspeed(device: torch.device):
     return deepspeed
 
 
-def deepspeed_config(spec: EngineSpec) -> dict:
-    """DeepSpeed's configuration, derived from ours."""
+# DeepSpeed collects gradients in a buffer of this many numbers before it reduces them. This is its default, 2 GB of fp32
+# on each device: more than all 16 bytes per parameter of ViT-B (1.4 GB).
+MOST_IN_BUCKET = 500_000_000
+
+
+def bucket_numbers(sizes: Iterable[int]) -> int:
+    """The whole gradient of a model that is smaller than DeepSpeed's default: as many collectives, and no idle memory.
+
+    A smaller buffer would save more (all of the gradient adds a quarter to 16 bytes per parameter), but is emptied more
+    often, and what stages 1 and 2 cost over plain data parallelism on models of this size is Python, not bandwidth.
+
+    Args:
+        sizes: numbers in each trained parameter.
+    """
+    return min(MOST_IN_BUCKET, sum(sizes))
+
+
+def deepspeed_config(spec: EngineSpec, sizes: Iterable[int]) -> dict:
+    """DeepSpeed's configuration, derived from ours.
+
+    Args:
+        sizes: numbers in each trained parameter.
+    """
     return {
         "train_micro_batch_size_per_gpu": spec.micro_batch,
         "gradient_accumulation_steps": spec.accumulate,
@@ -56,6 +78,7 @@ def deepspeed_config(spec: EngineSpec) -> dict:
             "stage": spec.zero_stage,
             # The default adds the bias after the product, one more rounding: losses then differ between stages.
             "memory_efficient_linear": False,
+            "reduce_bucket_size": bucket_numbers(sizes),
             **_offload(spec),
         },
         "zero_allow_untested_optimizer": True,
@@ -93,7 +116,7 @@ class ZeroEngine:
             model = data_parallel(model, self.device)
         self.model = model
         self.engine, self.optimizer, _, _ = self.deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(spec)
+            model=model, optimizer=optimizer, config=deepspeed_config(spec, [p.numel() for p in self.trained])
         )
         if self.stage == 0:
             self.engine.enable_backward_allreduce = False

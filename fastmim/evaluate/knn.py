@@ -4,6 +4,7 @@ Source: Wu et al., arXiv 1805.01978 section 3.4 (weighted vote exp(cosine / 0.07
 """
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from fastmim_pipelines.evaluation import EvalReader
@@ -23,17 +24,30 @@ def measure(
     val: FolderIndex,
     model: ModelSpec,
     device: torch.device,
+    **options: Any,
+) -> float:
+    """Accuracy in [0, 1] of a feature function over two labeled folders; the arguments are those of `labeled_features`."""
+    return top1(*labeled_features(features, train, val, model, device, **options))
+
+
+def labeled_features(
+    features: Callable[[Tensor], Tensor],
+    train: FolderIndex,
+    val: FolderIndex,
+    model: ModelSpec,
+    device: torch.device,
     *,
     batch_size: int = 256,
     workers: int | None = None,
     limit: int | None = None,
-) -> float:
-    """Accuracy in [0, 1] of a feature function over two labeled folders; each rank computes its share.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features and labels of both folders, on every rank: what `top1` and `linear.probe` take. Each rank computes its share.
 
     Args:
         features: uint8 images (B, C, H, W) -> (B, D).
         train, val: labeled by one numbering of the classes.
         model: what images to read.
+        workers: decoding processes; None: from the cores at hand.
         limit: use at most so many training images, evenly spread.
     """
     sides: list[Tensor] = []
@@ -43,7 +57,7 @@ def measure(
             workers=workers, limit=most,
         )  # fmt: skip
         sides += extract(features, reader, device)
-    return top1(*sides)
+    return tuple(sides)
 
 
 def top1(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor) -> float:
@@ -79,17 +93,20 @@ def extract(
     for images, batch_labels, _ in batches:
         rows.append(features(images.to(device, non_blocking=True)).float())
         labels.append(batch_labels.to(device))
+    if not rows:  # fewer images than ranks
+        rows, labels = [torch.empty(0, 0, device=device)], [torch.empty(0, dtype=torch.int64, device=device)]
     return _gather_ragged(torch.cat(rows)), _gather_ragged(torch.cat(labels))
 
 
 def _gather_ragged(x: Tensor) -> Tensor:
-    """Concatenates tensors of different lengths over the ranks."""
+    """Concatenates tensors of different lengths over the ranks; an empty one may have another width, too."""
     if world_size() == 1:
         return x
-    length = torch.tensor([len(x)], device=x.device)
-    lengths = gather_rows(length).tolist()
-    padded = x.new_zeros(max(lengths), *x.shape[1:])
-    padded[: len(x)] = x
+    shapes = gather_rows(torch.tensor([x.shape], device=x.device))
+    lengths, widest = shapes[:, 0].tolist(), shapes.amax(0).tolist()
+    padded = x.new_zeros(widest)
+    if len(x):
+        padded[: len(x)] = x
     chunks = gather_rows(padded).split(max(lengths))
     return torch.cat([chunk[:n] for chunk, n in zip(chunks, lengths)])
 

@@ -8,17 +8,15 @@ not with those of papers.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from fastmim_pipelines.evaluation import EvalReader
 from fastmim_pipelines.index import FolderIndex
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastmim.config import ConfigError, ModelSpec
-from fastmim.dist import rank, world_size
-from fastmim.evaluate.knn import extract
+from fastmim.evaluate.knn import labeled_features
 
 # Of the squared weights against the mean cross entropy. Own choice: features have deviation 1, and between these two
 # ends the probe goes from hardly moving to interpolating its training set. From strong to weak, so that each solution
@@ -50,40 +48,13 @@ def measure(
     val: FolderIndex,
     model: ModelSpec,
     device: torch.device,
-    *,
-    batch_size: int = 256,
-    workers: int | None = None,
-    limit: int | None = None,
+    **options: Any,
 ) -> Probe:
-    """Probes a feature function over two labeled folders; the arguments are those of `knn.measure`.
+    """Probes a feature function over two labeled folders; the arguments are those of `knn.labeled_features`.
 
     Every rank computes its share of the features, and then the whole probe.
     """
-    return probe(
-        *labeled_features(features, train, val, model, device, batch_size=batch_size, workers=workers, limit=limit)
-    )
-
-
-def labeled_features(
-    features: Callable[[Tensor], Tensor],
-    train: FolderIndex,
-    val: FolderIndex,
-    model: ModelSpec,
-    device: torch.device,
-    *,
-    batch_size: int = 256,
-    workers: int | None = None,
-    limit: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features and labels of both folders, on every rank: what `probe` and `knn.top1` take."""
-    sides: list[Tensor] = []
-    for index, most in ((train, limit), (val, None)):
-        reader = EvalReader(
-            index, model.image_size, batch_size=batch_size, rank=rank(), world=world_size(), in_chans=model.in_chans,
-            workers=workers, limit=most,
-        )  # fmt: skip
-        sides += extract(features, reader, device)
-    return tuple(sides)
+    return probe(*labeled_features(features, train, val, model, device, **options))
 
 
 def probe(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor) -> Probe:

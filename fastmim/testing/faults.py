@@ -29,7 +29,7 @@ POINTS = {
     "load:verify": ("fastmim.checkpoint:verify",),
     "load:read": ("fastmim.saving:Stored.get",),
     "step:data": ("fastmim_pipelines.loader:CropLoader._account",),
-    "step:forward": ("fastmim.trainer:Trainer._forward",),
+    "step:forward": ("fastmim.step:StepProgram.forward",),
     "step:backward": ("fastmim.engine.single:SingleEngine.backward", "fastmim.engine.zero:ZeroEngine.backward"),
     "step:update": ("fastmim.trainer:Trainer._settle",),
     "step:ema": ("fastmim.engine.single:SingleEngine.ema", "fastmim.engine.zero:ZeroEngine.ema"),

@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,8 @@ POINTS = {
     "save:begin": 8, "save:write": 30, "save:fsync": 40, "save:rename": 8, "save:latest": 8, "save:delete": 6,
     "step:forward": 10, "step:update": 10, "step:ema": 10, "log:write": 10,
 }  # fmt: skip
+# For a run of seconds; what takes longer hangs.
+LIMIT_S = 300
 TIMED = ("images_per_s", "step_ms", "data_wait", "peak_mib", "slowest_rank")
 
 
@@ -83,29 +86,46 @@ def last_step(out: Path) -> int:
     return max(steps, default=0)
 
 
-def storm(kills: int, root: Path, tallies: list[Tally], seed: int = 0, jobs: list[str] | None = None) -> None:
+def storm(
+    kills: int,
+    root: Path,
+    tallies: list[Tally],
+    seed: int = 0,
+    jobs: list[str] | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> None:
     """Kills so many times; raises AssertionError at the first run that is not continued or not equal.
 
     Args:
         tallies: are filled as it goes on.
         jobs: names of those to run, all by default.
+        progress: called after each kill with what was survived of this job.
     """
     rng = random.Random(seed)
     images = write_images(root / "images", 12)
     base = ["train", "--method", "mae", "--data", str(images), *TINY, "--steps", str(STEPS), "--save-every",
-            str(SAVE_EVERY), "--warmup", "5", "--mae.decoder-width", "32", "--hang-after", "20"]  # fmt: skip
+            str(SAVE_EVERY), "--warmup", "5", "--mae.decoder-width", "32", "--hang-after", "60"]  # fmt: skip
     server = Server(environment(), ROOT)
     try:
         for name, world, flags, share in JOBS:
             if jobs and name not in jobs:
                 continue
             tallies.append(Tally(name))
-            _storm_job(server, root, [*base, *flags], tallies[-1], world, max(1, round(share * kills)), rng)
+            _storm_job(server, root, [*base, *flags], tallies[-1], world, max(1, round(share * kills)), rng, progress)
     finally:
         server.close()
 
 
-def _storm_job(server: Server, root: Path, argv: list[str], tally: Tally, world: int, kills: int, rng: random.Random):
+def _storm_job(
+    server: Server,
+    root: Path,
+    argv: list[str],
+    tally: Tally,
+    world: int,
+    kills: int,
+    rng: random.Random,
+    progress: Callable[[str], None],
+) -> None:
     name, folder = tally.name, root / re.sub(r"\W", "", tally.name)
     straight, out, log = folder / "straight", folder / "run", folder / "log"
     began = time.monotonic()
@@ -129,7 +149,9 @@ def _storm_job(server: Server, root: Path, argv: list[str], tally: Tally, world:
             time.sleep(rng.uniform(0, length))
             if job.is_alive(victim):
                 job.kill(victim)
-        codes = job.wait(120, grace_s=20)
+        since = time.monotonic()
+        codes = job.wait(LIMIT_S, grace_s=60)
+        assert time.monotonic() - since < LIMIT_S, f"{argv}, {fault}: it hangs\n{job.said()}"
         if was_killed:
             said = job.said()
             resumed = re.search(r"resumed at step (\d+)", said)
@@ -147,6 +169,9 @@ def _storm_job(server: Server, root: Path, argv: list[str], tally: Tally, world:
                 if rank != victim:
                     tally.codes[code] = tally.codes.get(code, 0) + 1
             was_killed = True
+            progress(
+                f"{name}: {tally.total} of {kills} kills, {tally.inside_saves} inside a save, {tally.runs} runs done"
+            )
             continue
         assert codes == [0] * world, f"{argv}, {fault}: {codes}\n{job.said()}"
         tally.resumed += was_killed
@@ -182,7 +207,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as scratch:
         start, result = time.monotonic(), []
         try:
-            storm(wanted, Path(scratch), result, jobs=sys.argv[2:])
+            storm(wanted, Path(scratch), result, jobs=sys.argv[2:], progress=lambda text: print(text, flush=True))
         finally:
             # What was survived until then, if it was cut short.
             print(table(result, time.monotonic() - start), flush=True)

@@ -1,27 +1,18 @@
-"""Boxes from heat maps, their schedule and state, and a run whose boxes change in the middle, stopped anywhere."""
+"""Boxes from heat maps, and their schedule and state."""
 
-import json
 import math
-import shutil
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
-from trainer_run import TINY, metrics, train
 
 from fastmim import boxes
-from fastmim.arguments import parse_train
 from fastmim.boxes import HeatBoxes, find_boxes, mass_boxes, threshold_boxes, update_steps
 from fastmim.config import ConfigError
-from fastmim.methods.icmae import ICMAE
-from fastmim.session import Session
 
 WHOLE = [0.0, 0.0, 1.0, 1.0]
-TIMED = ("images_per_s", "step_ms", "data_wait", "peak_mib")
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -259,151 +250,3 @@ def test_boxes_of_other_data_are_refused(tmp_path):
     other, _, _ = heat_boxes(count=9)
     with pytest.raises(ConfigError, match="has boxes of 8 images, --data has 9; use the same data"):
         other.load(tmp_path)
-
-
-# ---- whole runs: 36 images, batch 8, 4 steps per epoch; box updates at steps 4, 8 and 12 of 16
-
-
-def arguments(images: Path, out: Path, *extra: str) -> list[str]:
-    small = ["--icmae.head-hidden", "32", "--icmae.head-out", "16", "--icmae.decoder-width", "32"]
-    return ["--method", "icmae", "--data", str(images / "train"), *TINY, "--lr", "2e-3", *small, "--steps", "16",
-            "--save-every", "1", "--keep", "99", "--out", str(out), *extra]  # fmt: skip
-
-
-def run(images: Path, out: Path, *extra: str) -> None:
-    assert Session(parse_train(arguments(images, out, *extra))).run()
-
-
-def checkpoint(out: Path, step: int) -> Path:
-    return out / "checkpoints" / f"step-{step:07d}"
-
-
-def assert_same_run(out: Path, straight: Path) -> None:
-    """Weights, moments, boxes and metrics (but for times) are equal bit for bit."""
-    for name in ("model.safetensors", "optimizer.safetensors", "boxes.safetensors"):
-        ours, theirs = (load_file(checkpoint(folder, 16) / name) for folder in (out, straight))
-        assert ours.keys() == theirs.keys()
-        assert not [key for key in ours if not ours[key].equal(theirs[key])], name
-    strip = [[{k: v for k, v in r.items() if k not in TIMED} for r in metrics(o)] for o in (out, straight)]
-    assert strip[0] == strip[1]
-
-
-@pytest.fixture(scope="module")
-def straight(images, tmp_path_factory) -> Path:
-    """The run that nobody interrupts."""
-    out = tmp_path_factory.mktemp("straight") / "run"
-    run(images, out)
-    return out
-
-
-def test_run_updates_its_boxes_and_logs_their_area(straight):
-    areas = [record["box_area"] for record in metrics(straight) if "loss" in record]
-    assert len(areas) == 16
-    assert areas[:4] == [0.25] * 4, "the middle of the image first"
-    for epoch in range(4):
-        assert len(set(areas[4 * epoch : 4 * epoch + 4])) == 1, "boxes change at the starts of epochs"
-    assert len(set(areas)) == 4
-
-
-def test_checkpoints_hold_the_boxes_of_their_step(straight):
-    held = {}
-    for step in range(1, 17):
-        manifest = json.loads((checkpoint(straight, step) / "manifest.json").read_text())["manifest"]
-        assert ("boxes.safetensors" in manifest["files"]) == (step > 4)
-        if step > 4:
-            held[step] = load_file(checkpoint(straight, step) / "boxes.safetensors")["boxes"]
-            assert held[step].shape == (36, 4) and held[step].dtype == torch.float32
-    # A checkpoint at an update's step was written before the update.
-    changes = [step for step in range(6, 17) if not torch.equal(held[step], held[step - 1])]
-    assert changes == [9, 13]
-    areas = {record["step"]: record["box_area"] for record in metrics(straight) if "loss" in record}
-    for step, found in held.items():
-        assert boxes.area(found).mean().item() == pytest.approx(areas[step], rel=1e-6)
-
-
-@pytest.mark.parametrize("step", [3, 8, 10], ids=["before", "at", "after"])
-def test_resume_around_an_update_is_bit_equal(images, straight, tmp_path, step):
-    out = tmp_path / "run"
-    shutil.copytree(straight, out)
-    run(images, out, "--resume", str(step))
-    assert_same_run(out, straight)
-
-
-def test_resume_with_other_boxes_is_another_run(images, straight, tmp_path):
-    """The case can tell: after a resume at step 10 the next update is two steps away, so the file's boxes matter."""
-    out = tmp_path / "run"
-    shutil.copytree(straight, out)
-    state, real = SimpleNamespace(), HeatBoxes.load
-
-    def load(self, folder):
-        real(self, folder)
-        state.found = self.found
-        self.found = np.tile(np.float32(WHOLE), (36, 1))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(HeatBoxes, "load", load)
-        run(images, out, "--resume", "10")
-    assert state.found is not None
-    ours, theirs = (load_file(checkpoint(folder, 12) / "model.safetensors") for folder in (out, straight))
-    assert any(not ours[key].equal(theirs[key]) for key in ours)
-
-
-def test_damaged_boxes_make_the_checkpoint_invalid(images, straight, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(straight, out)
-    victim = checkpoint(out, 16) / "boxes.safetensors"
-    data = bytearray(victim.read_bytes())
-    data[-3] ^= 1
-    victim.write_bytes(data)
-    run(images, out, "--resume")
-    said = capsys.readouterr().out
-    assert f"checkpoint passed over: {victim}: its SHA-256 does not match" in said and "resumed at step 15" in said
-    assert_same_run(out, straight)
-
-
-def test_a_run_that_dies_within_an_update_goes_on_bit_equal(images, straight, tmp_path, monkeypatch):
-    """Saving every 3 steps, the newest checkpoint is of step 6 when the run dies at 8: before the update."""
-    out = tmp_path / "run"
-    extra, real = ["--save-every", "3"], ICMAE.heat_map
-
-    def dies_at_the_second(self, images):
-        heat = real(self, images)
-        if checkpoint(out, 6).exists():
-            raise MemoryError("the second update")
-        return heat
-
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(ICMAE, "heat_map", dies_at_the_second)
-        run(images, out, *extra)
-    assert not checkpoint(out, 9).exists()
-    run(images, out, *extra, "--resume")
-    assert_same_run(out, straight)
-
-
-def test_random_crops_need_no_boxes(images, tmp_path):
-    run(images, tmp_path / "run", "--icmae.crop", "random", "--steps", "5", "--save-every", "5")
-    assert not any("box_area" in record for record in metrics(tmp_path / "run"))
-    assert not (checkpoint(tmp_path / "run", 5) / "boxes.safetensors").exists()
-
-
-def test_centered_crops_are_never_updated(images, tmp_path):
-    run(images, tmp_path / "run", "--icmae.crop", "sim_center", "--save-every", "16")
-    assert {r["box_area"] for r in metrics(tmp_path / "run") if "loss" in r} == {0.25}
-    assert not (checkpoint(tmp_path / "run", 16) / "boxes.safetensors").exists()
-
-
-def test_synthetic_images_have_no_boxes(tmp_path):
-    out = tmp_path / "run"
-    assert Session(
-        parse_train(["--method", "icmae", "--loader", "synthetic", *TINY, "--steps", "2", "--out", str(out)])
-    ).run()
-    assert len([r for r in metrics(out) if "loss" in r]) == 2
-
-
-def test_two_processes_find_the_same_boxes(images, straight, tmp_path):
-    """DDP over two ranks, each with half of the images; up to the rounding of the averaged gradients."""
-    out = tmp_path / "run"
-    done = train(arguments(images, out, "--save-every", "16", "--steps", "16"), launcher="torchrun", processes=2)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ours, theirs = ([r["box_area"] for r in metrics(o) if "loss" in r] for o in (out, straight))
-    assert ours[:4] == theirs[:4] and ours == pytest.approx(theirs, rel=1e-3)

@@ -1,13 +1,34 @@
 """Runs that go wrong on order: full disks, lost and stuck processes, slow ones, signals, dead workers.
 
 The faults are those of fastmim/testing/faults.py. The reference is always the run in which nothing went wrong.
+
+What else is asked of interrupted runs, and where it is tested:
+
+R1 any stopping point      test_resume_points (each method; 1, 2, 4 processes), test_resume, test_box_runs
+R2 ten resumes an epoch    pipelines/test_pipeline_folder (chain_of_resumes), pipelines/test_pipeline_resume
+R3 orders of seeds, ranks  pipelines/test_pipeline_sampling, pipelines/test_pipeline_folder
+R5 masks not replayed      test_resume_points (no_mask_comes_twice)
+R6 kills                   test_storm (FASTMIM_STORM=200), `python tests/trainer/storm.py 200`
+R7 each system call        test_checkpoint (death_at_any_system_call); here: a_failed_save, three_failed_saves
+R8 damaged checkpoints     test_storm (every_damage), test_checkpoint, test_resume
+R9 full disks              here: a_disk_that_is_really_full, the_last_save, metrics_that_cannot
+R11 accumulation           test_accumulation, test_micro_batches
+R12 signals                here: a_signal_at_any_moment, a_signal_during_evaluation, the_second_signal; test_resume
+R13 workers, stuck ranks   here: a_killed_worker, a_stopped_worker, full_shared_memory, the_watchdog; pipelines/test_pipeline_workers
+R14 non-finite steps       test_nonfinite
+R17 uneven data            test_ranks (any_size, uneven_data); here: a_file_that_only_one_rank_misses; test_agreement
+R19 engine to engine       test_elastic
+R25 surroundings           here: odd_names_and_surroundings, no_network
+R26 one folder, two runs   here: a_second_run_in_the_folder
 """
 
+import errno
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +36,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 from storm import differences, last_checkpoint
-from trainer_run import TINY, free_port, metrics
+from trainer_run import ROOT, TINY, command, environment, free_port, metrics
 
 from fastmim.config import ConfigError
 from fastmim.testing import faults
@@ -51,6 +72,16 @@ def start(images, server, tmp_path):
         return server.start(arguments(images, tmp_path / "run", *extra), log, world=world, port=free_port(), **env)
 
     return run
+
+
+def wait_for(text: str, job, *, permitted: bool = False) -> None:
+    """Until the job has said something; a job that may not do what it tries ends with 77."""
+    while text not in job.said():
+        if not job.is_running():
+            if permitted and job.wait() == [77]:
+                pytest.skip(job.said().strip())
+            pytest.fail(job.said())
+        time.sleep(0.01)
 
 
 # -- storage -----------------------------------------------------------------------------------------------------
@@ -164,9 +195,7 @@ def test_a_file_that_only_one_rank_misses_is_named_and_ends_all(images, server, 
     shutil.copytree(images, tmp_path / "images")
     argv = arguments(tmp_path / "images", tmp_path / "run", "--steps", "400")
     job = server.start(argv, tmp_path / "log", world=2, port=free_port(), FASTMIM_FAULT="step:data:sleep=0.05@1+#0")
-    while "step 3/" not in job.said():
-        assert job.is_running(), job.said()
-        time.sleep(0.01)
+    wait_for("step 3/", job)
     victim = tmp_path / "images" / "train" / "class1" / "005.jpg"
     victim.unlink()
     codes = job.wait(60)
@@ -203,15 +232,73 @@ def test_the_second_signal_ends_at_once(start):
 # -- data workers ------------------------------------------------------------------------------------------------
 
 
-def test_a_killed_worker_is_replaced_and_gives_the_same_images(start, straight, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=lambda s: s.name)
+def test_a_killed_worker_is_replaced_and_gives_the_same_images(start, straight, tmp_path, number):
     job = start("--workers", "1", fault="step:ema:sleep=0.1@1+")
-    while "step 3/" not in job.said():
-        assert job.is_running(), job.said()
-        time.sleep(0.01)
+    wait_for("step 3/", job)
     (worker,) = psutil.Process(job.pids[0]).children()
-    worker.kill()
+    worker.send_signal(number)
     assert job.wait() == [0], job.said()
     assert re.search(r"warning   rank 0, step \d+: data workers started again: .*", job.said()), job.said()
+    assert not differences(tmp_path / "run", straight[1])
+
+
+def run_impatiently(*argv: str) -> None:
+    """In a process of a job: a command whose data workers may be silent for 3 s instead of 5 minutes."""
+    from fastmim_pipelines.loader import CropLoader
+
+    from fastmim.cli import run
+
+    CropLoader.__init__.__kwdefaults__["timeout_s"] = 3
+    sys.exit(run(list(argv)))
+
+
+def test_a_stopped_worker_is_replaced_and_gives_the_same_images(images, server, straight, tmp_path):
+    """SIGSTOP, as of a worker that is stuck for good: it must be ended first."""
+    argv = arguments(images, tmp_path / "run", "--workers", "1")
+    call = ["--call", "test_faults", "run_impatiently", *argv]
+    job = server.start(call, tmp_path / "log", FASTMIM_FAULT="step:ema:sleep=0.1@1+")
+    wait_for("step 3/", job)
+    (worker,) = psutil.Process(job.pids[0]).children()
+    worker.send_signal(signal.SIGSTOP)
+    assert job.wait() == [0], job.said()
+    assert re.search(r"data workers started again: .* got none; look whether .* the process was stopped", job.said())
+    assert not differences(tmp_path / "run", straight[1]) and not psutil.pid_exists(worker.pid)
+
+
+def run_with_little_shared_memory(*argv: str) -> None:
+    """In a process of a job: an impatient command in a mount namespace of its own with 512 KiB of /dev/shm."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    new_namespace, recursively_private = 0x20000, 0x4000 | 0x40000
+    steps = (
+        lambda: libc.unshare(new_namespace),
+        lambda: libc.mount(None, b"/", None, recursively_private, None),
+        lambda: libc.mount(b"tmpfs", b"/dev/shm", b"tmpfs", 0, b"size=512k"),
+    )
+    for step in steps:
+        if step():
+            print(f"not permitted: {os.strerror(ctypes.get_errno())}", flush=True)
+            sys.exit(77)
+    run_impatiently(*argv)
+
+
+def test_full_shared_memory_is_one_line_and_the_run_goes_on_when_there_is_room(images, server, straight, tmp_path):
+    argv = arguments(images, tmp_path / "run", "--workers", "1", "--resume", "auto")
+    call = ["--call", "test_faults", "run_with_little_shared_memory", *argv]
+    job = server.start(call, tmp_path / "log", FASTMIM_FAULT="step:ema:sleep=0.1@1+")
+    wait_for("step 3/", job, permitted=True)
+    try:
+        # The job's own /dev/shm, seen from here.
+        Path(f"/proc/{job.pids[0]}/root/dev/shm/filler").write_bytes(bytes(1 << 20))
+    except OSError as e:
+        assert e.errno == errno.ENOSPC
+    # A worker that cannot hand over its answer dies, or says so to nobody and is silent.
+    assert job.wait() == [4], job.said()
+    assert "error: workers: expected at most 0 for the free space of /dev/shm, got 1" in job.said(), job.said()
+    job = server.start(call, tmp_path / "again")
+    assert job.wait() == [0] and "resumed at step" in job.said(), job.said()
     assert not differences(tmp_path / "run", straight[1])
 
 
@@ -220,9 +307,7 @@ def test_a_killed_worker_is_replaced_and_gives_the_same_images(start, straight, 
 
 def test_a_second_run_in_the_folder_names_the_first_which_a_kill_frees(start, straight, tmp_path):
     first = start("--workers", "1", fault="step:ema:sleep=0.1@1+")
-    while "step 3/" not in first.said():
-        assert first.is_running(), first.said()
-        time.sleep(0.01)
+    wait_for("step 3/", first)
     second = start("--resume")
     assert second.wait() == [2], second.said()
     assert f"is in use by process {first.pids[0]} on " in second.said()
@@ -246,6 +331,17 @@ def test_odd_names_and_surroundings(images, server, straight, tmp_path):
     job = server.start(arguments(deep, tmp_path / "link" / "rün"), tmp_path / "log", **env)
     assert job.wait() == [0], job.said()
     assert not differences(tmp_path / "link" / "rün", straight[1])
+
+
+def test_no_network_is_needed(images, straight, tmp_path):
+    """In a network namespace with nothing but the loopback: no name can be looked up, nothing can be fetched."""
+    alone = ["unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("network namespaces are not permitted here")
+    argv = [*alone, *command("python", 1, arguments(images, tmp_path / "run")[1:])]
+    done = subprocess.run(argv, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not differences(tmp_path / "run", straight[1])
 
 
 # -- the injector itself -----------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,22 +60,20 @@ def run_folder(images, tmp_path_factory):
     return out
 
 
+def folders(images: Path) -> list[str]:
+    return [
+        *("--data", str(images / "train"), "--val-data", str(images / "val")),
+        *("--precision", "fp32", "--workers", "0"),
+    ]
+
+
 def printed(capsys, *argv: str) -> str:
     assert cli.run(list(argv)) == 0
     return capsys.readouterr().out.split("%")[0]
 
 
 def test_command_reads_run_checkpoint_and_encoder_alike(run_folder, images, capsys):
-    where = [
-        "--data",
-        str(images / "train"),
-        "--val-data",
-        str(images / "val"),
-        "--precision",
-        "fp32",
-        "--workers",
-        "0",
-    ]
+    where = folders(images)
     checkpoint = next((run_folder / "checkpoints").glob("step-*"))
     said = {
         printed(capsys, "knn", str(p), *where) for p in (run_folder, checkpoint, run_folder / "encoder.safetensors")
@@ -105,16 +104,7 @@ def test_encoder_with_a_conv_stem_is_read_back_alike(images, tmp_path, capsys):
         ["--method", "cmae", "--data", str(images), *TINY, "--stem", "conv", "--steps", "1", "--out", str(out)]
     )
     assert done.returncode == 0, done.stderr
-    where = [
-        "--data",
-        str(images / "train"),
-        "--val-data",
-        str(images / "val"),
-        "--precision",
-        "fp32",
-        "--workers",
-        "0",
-    ]
+    where = folders(images)
     assert printed(capsys, "knn", str(out), *where) == printed(capsys, "knn", str(out / "encoder.safetensors"), *where)
 
 
