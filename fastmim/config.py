@@ -135,8 +135,8 @@ class TrainConfig:
     """An unreadable image stops the run, or is replaced by another one and counted."""
     exclude: Path | None = None
     """Training images to leave out: the list that `fastmim verify-data --write-list` has written."""
-    batch_size: int = 256
-    """Images per optimizer step, over all processes and accumulated micro-batches."""
+    batch_size: int | Literal["auto"] = 256
+    """Images per optimizer step, over all processes and accumulated micro-batches; auto: as many as fit into memory."""
     accumulate: int | None = None
     """Micro-batches per optimizer step. Default: 1; on CPUs, for methods whose loss takes the images one by one, as many as
     keep every tensor of the step small: the result is the same, and memory is used again instead of fetched anew."""
@@ -167,6 +167,12 @@ class TrainConfig:
     """Largest norm of the gradient; none: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of matrix products; parameters stay fp32. auto: bf16 where the device has it."""
+    compile: Literal["off", "blocks"] = "off"
+    """torch.compile of every transformer block; each shape takes a minute at first."""
+    graph: Literal["auto", "on", "off"] = "auto"
+    """A whole step as one CUDA graph, which takes the host's launches off the GPU. auto: with one GPU; on: with several, too."""
+    checkpointing: Literal["none", "mlp", "blocks"] = "none"
+    """What is computed again in the backward pass to save memory: nothing, the activations of MLPs, or whole blocks."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train."""
     engine: Literal["auto", "single", "ddp", "zero"] = "auto"
@@ -218,8 +224,13 @@ class TrainConfig:
             return self.steps
         return Duration(self.epochs, "ep").steps(steps_per_epoch)
 
-    def check(self, world: int = 1) -> None:
-        """Raises ConfigError with one line for the first contradiction; touches no device and no data."""
+    def check(self, world: int = 1, *, takes_auto: bool = False) -> None:
+        """Raises ConfigError with one line for the first contradiction; touches no device and no data.
+
+        Args:
+            world: number of processes.
+            takes_auto: whether the batch size may still be "auto".
+        """
         spec = self.model_spec()
         for side, name in zip(spec.image_size, ("height", "width")):
             if side < self.patch_size or side % self.patch_size:
@@ -237,14 +248,16 @@ class TrainConfig:
             raise ConfigError("--epochs and --steps: expected one of them, got both")
         if self.epochs is None and self.steps is None:
             raise ConfigError("--epochs or --steps: expected one of them, got none")
+        if self.batch_size == "auto" and not takes_auto:
+            raise ConfigError("--batch-size: expected a number here, got auto, which only training can find")
         for name in (
             "batch_size", "accumulate", "log_every", "keep", "patch_size", "in_chans", "steps", "epochs", "hang_after",
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is not None and value <= 0:
+            if value is not None and value != "auto" and value <= 0:
                 raise ConfigError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
         parts = world * (self.accumulate or 1)
-        if self.batch_size % parts:
+        if self.batch_size != "auto" and self.batch_size % parts:
             low = max(parts, self.batch_size // parts * parts)
             raise ConfigError(
                 f"--batch-size: expected a multiple of processes x --accumulate = {world} x {self.accumulate or 1}, "

@@ -10,8 +10,10 @@ import torch
 from fastmim_kernels import bias_gelu, depthwise_patches, patchify_gather
 from torch import Tensor, nn
 
+from fastmim.blocks import Attend, Block, Linear, Norm, Sum, attention, run_blocks
 from fastmim.config import SIZES, ConfigError, ModelSpec
-from fastmim.vit import Attend, Block, Linear, Norm, Sum, attention, run_blocks, sincos_position
+from fastmim.recompute import Recomputed, called
+from fastmim.vit import sincos_position
 
 # Stage widths of the size that the source ships (base), and of large, those of derivatives of it. The other sizes take a
 # third and a half of the width, the first rounded up to a multiple of 16.
@@ -54,7 +56,7 @@ class Spread(nn.Conv2d):
         return depthwise_patches(x, ids, self.weight, self.bias, self.grid)
 
 
-class ConvBlock(nn.Module):
+class ConvBlock(Recomputed):
     """x + conv1x1(depthwise(conv1x1(LN x))), then x + MLP(LN x), per pixel of a stage."""
 
     def __init__(self, width: int, grid: tuple[int, int]):
@@ -70,7 +72,7 @@ class ConvBlock(nn.Module):
     def forward(self, x: Tensor, ids: Tensor | None) -> Tensor:
         y, _ = self.norm1(x)
         y, x = self.norm2(x, self.conv2(self.spread(self.conv1(y), ids)))
-        return x + self.fc2(bias_gelu(self.fc1(y)))
+        return x + self.project(self.fc1(y), bias_gelu, self.fc2)
 
 
 class ConvEncoder(nn.Module):
@@ -125,11 +127,11 @@ class ConvEncoder(nn.Module):
         x = patches.view(*patches.shape[:2], side, side, channels)
         x = bias_gelu(self.norm1(self.embed1(x))[0])
         for block in self.stage1:
-            x = block(x, ids)
+            x = called(block, x, ids)
         skip = self.skip1(x)
         x = bias_gelu(self.norm2(self.embed2(x))[0])
         for block in self.stage2:
-            x = block(x, ids)
+            x = called(block, x, ids)
         skip = (skip + self.skip2(x)).flatten(2)
         x = bias_gelu(self.norm3(self.embed3(x))[0]).flatten(2)
         x = self.project(x) + (self.position if ids is None else self.position[ids])

@@ -1,4 +1,4 @@
-"""`fastmim pack` and `fastmim verify-data`: images in fewer files, and whether all of them can be read."""
+"""`fastmim demo-data`, `pack` and `verify-data`: images to try, in fewer files, and whether all can be read."""
 
 import sys
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
+from fastmim_pipelines.demo import write_demo
 from fastmim_pipelines.index import open_index
 from fastmim_pipelines.pack import pack as write_packed
 from fastmim_pipelines.verify import verify
@@ -14,6 +15,21 @@ from fastmim_pipelines.verify import verify
 from fastmim.config import ConfigError
 
 BAD_DATA = 4
+
+
+def demo_data(folder: tyro.conf.Positional[Path], images: int = 3000, val_images: int = 600, seed: int = 0) -> None:
+    """Write the demo data set: JPEG files in train/<class>/ and val/<class>/.
+
+    Args:
+        folder: where to; a finished set of the same parameters is kept.
+        images: training images.
+        val_images: validation images.
+        seed: the same seed gives the same bytes.
+    """
+    try:
+        write_demo(folder, images=images, val_images=val_images, seed=seed, progress=print)
+    except ValueError as e:
+        raise ConfigError(str(e)) from e
 
 
 def pack(
@@ -76,7 +92,7 @@ def _resize(text: str | None) -> tuple[str, int] | None:
 
 def verify_data(
     data: tyro.conf.Positional[Path], write_list: Path | None = None, in_chans: int = 3, workers: int | None = None
-) -> None:
+) -> int:
     """Decode every image whole and name the bad ones; exit code 4 if there are any.
 
     Args:
@@ -88,5 +104,4 @@ def verify_data(
     with _progress("read") as telling:
         found = verify(open_index(data), in_chans=in_chans, list_path=write_list, workers=workers, **telling)
     print(f"{found.images} images read, {len(found.bad)} bad, {len(found.damage)} damaged files of many images")
-    if found.bad or found.damage:
-        sys.exit(BAD_DATA)
+    return BAD_DATA if found.bad or found.damage else 0

@@ -6,9 +6,13 @@ import platform
 import torch
 
 EXTRAS = {
-    "triton": "triton", "dali": "nvidia-dali-cuda130", "nvimgcodec": "nvidia-nvimgcodec-cu13", "ffcv": "ffcv", "hf": "datasets", "eval": "scikit-learn",
-    "tensorboard": "tensorboard", "wandb": "wandb",
-}  # fmt: skip
+    "triton": "triton",
+    "dali": "nvidia-dali-cuda130",
+    "nvimgcodec": "nvidia-nvimgcodec-cu13",
+    "hf": "datasets",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
 
 
 def info() -> None:

@@ -6,7 +6,7 @@ bf16): within 1 %.
 
 import weakref
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from fastmim_pipelines.spec import Batch
@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 from fastmim.config import ModelSpec, TrainConfig
 from fastmim.methods import base as methods
-from fastmim.vit import Block
-
-Policy = Literal["none", "blocks"]
+from fastmim.recompute import Checkpointing as Policy
+from fastmim.recompute import set_checkpointing
 
 
 class StepMemory(NamedTuple):
@@ -90,16 +88,14 @@ def trace_step(
         low_precision: bf16 instead of fp32.
         gradient_share: share of each gradient that stays once it is complete: 1 / ranks where it is sharded, 0 where
             it has a place of its own (DDP's buckets).
-        policy: "blocks" keeps the inputs of transformer blocks alone and computes the rest again.
+        policy: what blocks do not keep, see recompute.py.
     """
     with torch.device("meta"):
         method = methods.build(name, model, options, 0)
     # As for a CPU: our ops keep the same tensors on GPUs, and torch may have been built without CUDA.
     with FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")
-        if policy == "blocks":
-            for block in (part for part in method.modules() if isinstance(part, Block)):
-                block.forward = partial(_recomputed, block.forward)
+        set_checkpointing(method, policy)
         images = (torch.zeros(batch, model.in_chans, *crop.size, dtype=torch.uint8) for crop in method.crops)
         data, rng = Batch(tuple(images), torch.arange(batch)), torch.zeros(2, dtype=torch.int64)
         given = [*method.parameters(), *method.buffers(), *data.crops, data.ids, rng]
@@ -195,7 +191,3 @@ def micro_batches(config: TrainConfig, method: nn.Module, world: int, device: to
     )
     fit = (parts for parts in range(1, local // group + 1) if local % (parts * group) == 0)
     return next((parts for parts in fit if each * local <= SMALL_TENSOR * trial * parts), local // group)
-
-
-def _recomputed(forward, *args, **kwargs) -> Any:
-    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

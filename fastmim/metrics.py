@@ -21,19 +21,27 @@ class Meter:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        # By the names that were added together.
+        self.sums: dict[tuple[str, ...], Tensor] = {}
+        self.counts: dict[tuple[str, ...], int] = {}
 
     def add(self, **values: Tensor) -> None:
-        for name, value in values.items():
-            value = value.detach().float()
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-            self.counts[name] = self.counts.get(name, 0) + 1
+        """Takes scalars, which may be overwritten afterwards."""
+        names = tuple(values)
+        row = torch.stack([value.detach().float() for value in values.values()])
+        self.sums[names] = self.sums[names] + row if names in self.sums else row
+        self.counts[names] = self.counts.get(names, 0) + 1
 
     def read(self) -> dict[str, float]:
         """Means over the interval and all ranks, in one device read; starts the next interval."""
-        names = sorted(self.sums)
-        values = torch.stack([self.sums[n] / self.counts[n] for n in names]) if names else torch.zeros(0)
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        for group, row in self.sums.items():
+            for name, value in zip(group, row.unbind()):
+                sums[name] = sums[name] + value if name in sums else value
+                counts[name] = counts.get(name, 0) + self.counts[group]
+        names = sorted(sums)
+        values = torch.stack([sums[n] / counts[n] for n in names]) if names else torch.zeros(0)
         result = dict(zip(names, mean_over_ranks(values).tolist()))
         self.sums, self.counts = {}, {}
         return result

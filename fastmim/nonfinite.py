@@ -57,6 +57,11 @@ class Skips:
         return step
 
     @property
+    def is_last_chance(self) -> bool:
+        """Whether one more ends the run."""
+        return len(self.steps) >= self.budget
+
+    @property
     def is_spent(self) -> bool:
         return len(self.steps) > self.budget
 

@@ -23,6 +23,8 @@ from fastmim.methods import base as methods
 from fastmim.session import Session
 
 REPRODUCED, NOT_REPRODUCED = 0, 1
+# Settings that say how a run was computed, not what.
+OF_THE_RUN = ("resume", "out", "engine", "zero", "zero_offload", "graph", "compile", "checkpointing")
 
 
 class Culprit(NamedTuple):
@@ -74,7 +76,7 @@ def run(capture: Path, meta: dict[str, Any]) -> Replayed:
         ConfigError: the data are not the run's.
     """
     step = checkpoint.verify(capture)["step"]
-    plain = {k: v for k, v in meta["config"].items() if k not in ("resume", "out", "engine", "zero", "zero_offload")}
+    plain = {k: v for k, v in meta["config"].items() if k not in OF_THE_RUN}
     session = Session(parse_plain(plain))
     config, device = session.config, session.device
     method = methods.build(config.method, session.model, config.options, config.seed)

@@ -30,13 +30,14 @@ NETWORK_SHARE, COLLECTIVE_SECONDS = 0.8, 7e-6
 # process, 205 tiny tensors, so that nothing else takes time): 12.7, 14 and 50 ms per step over plain torch.
 HOST_SECONDS = {"ddp": 0.0, "zero 1": 62e-6, "zero 2": 68e-6, "zero 3": 244e-6}
 # What it takes a host to start an operation. On a CPU nothing else happens meanwhile: 8 us in fp32 and up to 16 under
-# autocast, from steps of CAE at 48 pixels (one thread at 2.6 GHz, 2,500 operations); the lower is taken. Where a GPU
-# computes, the host runs ahead.
-OP_SECONDS_CPU, OP_SECONDS = 8e-6, 8e-6
+# autocast, from steps of CAE at 48 pixels (one thread at 2.6 GHz, 2,500 operations); the lower is taken where it was not
+# measured. Where a GPU computes, the host runs ahead.
+OP_SECONDS = 8e-6
 # The backward pass's share of a step's compute: two of three products.
 BACKWARD_SHARE = 2 / 3
 FP32 = 4
-# torch's DistributedDataParallel (bucket_cap_mb) and DeepSpeed (zero_optimization.reduce_bucket_size, in elements).
+# torch's DistributedDataParallel (bucket_cap_mb) and DeepSpeed (zero_optimization.reduce_bucket_size, in
+# elements; of a smaller model the engine makes it the whole gradient).
 DDP_BUCKET, ZERO_BUCKET = 25 * 2**20, 500_000_000
 # DeepSpeed keeps so many gathered parameters at most (zero_optimization.stage3_max_live_parameters).
 LIVE_PARAMETERS = 1_000_000_000
@@ -56,6 +57,8 @@ class Machine(NamedTuple):
     link: float
     """To the other GPUs of its node, bytes per second in one direction."""
     is_cpu: bool = False
+    op_seconds: float = OP_SECONDS
+    """What its host needs to start an operation."""
 
 
 def _gpu(name: str, memory_gb: float, bandwidth_tb: float, link_gb: float) -> Machine:
@@ -158,7 +161,7 @@ def optimizer_seconds(load: Load, machine: Machine, share: float = 1.0) -> float
 
 def start_seconds(load: Load, machine: Machine) -> float:
     """What the host needs to start a step's operations."""
-    return load.accumulate * load.ops * (OP_SECONDS_CPU if machine.is_cpu else OP_SECONDS)
+    return load.accumulate * load.ops * machine.op_seconds
 
 
 class StepTime(NamedTuple):
@@ -215,7 +218,7 @@ def state_bytes(stage: str, load: Load, gpus: int) -> float:
         return state - FP32 * load.trained
     if level == 3:
         state += FP32 * min(load.trained + load.frozen, LIVE_PARAMETERS)
-    return state + (FP32 * ZERO_BUCKET if level else 0)
+    return state + (FP32 * min(load.trained, ZERO_BUCKET) if level else 0)
 
 
 def gradient_share(stage: str) -> float:

@@ -2,17 +2,19 @@
 
 import dataclasses
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from fastmim_kernels import chosen
 from fastmim_pipelines import make_loader
 from fastmim_pipelines.demo import write_demo
 from fastmim_pipelines.evaluation import EvalReader
 from fastmim_pipelines.index import ImageIndex, open_index, without
 
-from fastmim import dist
+from fastmim import attention, autobatch, compiling, dist
 from fastmim.boxes import HeatBoxes
 from fastmim.config import ConfigError, TrainConfig, to_plain
 from fastmim.device import default_precision, memory_bytes, pick_device
@@ -20,12 +22,14 @@ from fastmim.engine import base as engines
 from fastmim.evaluate.knn import measure, raw_pixels
 from fastmim.export import write_encoder
 from fastmim.flops import mfu, peak_flops, training_flops
+from fastmim.graph import choose_graph
 from fastmim.memory import micro_batches
 from fastmim.methods import base as methods
 from fastmim.metrics import Display, check_tracker, open_tracker
 from fastmim.pictures import write_pictures
-from fastmim.run_directory import RunDirectory, default_out
-from fastmim.tokenizer import TokenTarget
+from fastmim.recompute import set_checkpointing
+from fastmim.run_directory import CONFIG_FILE, RunDirectory, default_out
+from fastmim.tokenizer import RecordedTarget, TokenTarget
 from fastmim.tokenizer.recorded import record_tokens
 from fastmim.trainer import Periodic, Trainer
 
@@ -45,7 +49,7 @@ class Session:
 
     def __init__(self, config: TrainConfig):
         world = dist.launched_world()
-        config.check(world)
+        config.check(world, takes_auto=True)
         check_tracker(config.tracker)
         self.model = config.model_spec()
         self.device = pick_device(config.device)
@@ -56,18 +60,28 @@ class Session:
             reason = f"--precision {config.precision} was given"
         with torch.device("meta"):
             plan = methods.build(config.method, self.model, config.options, config.seed)
-        is_given = config.accumulate is not None
-        if not is_given:
-            config = dataclasses.replace(config, accumulate=micro_batches(config, plan, world, self.device))
         trained = sum(p.numel() for p in plan.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in plan.parameters()) - trained
         self.choice = engines.choose(
             config.engine, config.zero, world, trained, memory_bytes(self.device), frozen=frozen,
             offload=config.zero_offload,
         )  # fmt: skip
+        if config.compile == "blocks":
+            compiling.check(self.device, self.choice.stage)
+        self.reads_host = isinstance(getattr(plan, "tokens", None), RecordedTarget)
+        self.graph = choose_graph(
+            config.graph, self.device, self.choice.engine, config.precision, reads_host=self.reads_host
+        )
         config = self._with_data(config)
         self.crops, self.config = plan.crops, config
         self.train_index = self._train_index()
+        if config.batch_size == "auto":
+            config = self._with_batch(config, plan)
+            config.check(world)
+        is_given = config.accumulate is not None
+        if not is_given:
+            config = dataclasses.replace(config, accumulate=micro_batches(config, plan, world, self.device))
+        self.config = config
         classes = self.train_index.classes if self.train_index else None
         self.val_index = open_index(config.val_data, classes=classes or None) if config.val_data else None
         self.say(f"method    {config.method}, preset {config.preset}, {config.model}/{config.patch_size} at "
@@ -82,6 +96,7 @@ class Session:
         self.say(f"device    {self.device.type} x {world}, {config.precision}: {reason}")
         kernels = sorted(set(chosen(self.device.type).values()))
         self.say(f"kernels   {', '.join(kernels)} on {self.device.type} (`fastmim info` tells why)")
+        self.say(f"graph     {'used' if self.graph.is_used else 'not used'}: {self.graph.reason}")
         if not is_given and config.accumulate > 1:
             self.say(
                 f"micro     {config.accumulate} micro-batches a step, which is faster on CPUs (--accumulate 1 takes one)"
@@ -102,6 +117,22 @@ class Session:
         for note in plan.notes:
             self.say(f"note      {note}")
         self.say(f"lr        {config.peak_lr:.3g} at batch {config.batch_size}")
+
+    def _with_batch(self, config: TrainConfig, plan: methods.Method) -> TrainConfig:
+        """The batch size that "auto" stands for: that of the run that goes on, or the largest that fits on every rank."""
+        world = dist.launched_world()
+        saved = int(dist.from_rank_0("batch of the run", str(_batch_of_run(config))))
+        if saved:
+            self.say(f"batch     {saved}, as in the run that goes on")
+            return dataclasses.replace(config, batch_size=saved)
+        most = autobatch.MOST_IMAGES
+        if self.train_index is not None:
+            most = len(self.train_index) // (world * (config.accumulate or 1))
+        found = autobatch.find_batch(config, self.model, self.device, self.choice, plan.batch_multiple, most)
+        images = dist.judged_by_rank_0("batch size", str(found.images), lambda texts: str(min(map(int, texts))))
+        batch_size = autobatch.resolve(found._replace(images=int(images)), world, config.accumulate)
+        self.say(f"batch     {batch_size}, the largest that fits ({found.how})")
+        return dataclasses.replace(config, batch_size=batch_size)
 
     def _say_contrast(self, plan: methods.Method) -> None:
         c = self.config
@@ -172,11 +203,20 @@ class Session:
             # The watchdog shall be the first to speak.
             dist.start(self.device, max(600, 2 * config.hang_after))
         self.method = methods.build(config.method, self.model, config.options, config.seed)
+        set_checkpointing(self.method, config.checkpointing)
+        if config.compile == "blocks":
+            self.say(f"compile   {compiling.compile_blocks(self.method)} blocks, when they first run")
         self.engine = engines.build(self.choice.engine, self.method, self._engine_spec())
+        if self.choice.stage != 3 and not self.reads_host:  # weights in shards, or targets of images that are not there
+            for line in attention.choose(self._trial_forward, self.device.type):
+                self.say(line)
         total = config.total_steps(loader.steps_per_epoch)
         display = Display(total, enabled=dist.is_main())
         boxes = self._boxes(loader, total, display)
-        trainer = Trainer(config, self.method, self.engine, loader, out, display, boxes=boxes, mfu=self._mfu)
+        trainer = Trainer(
+            config, self.method, self.engine, loader, out, display, boxes=boxes, mfu=self._mfu,
+            graph=config.graph if self.graph.is_used else "off",
+        )  # fmt: skip
         try:
             if config.resume is not None:
                 trainer.resume(config.resume)
@@ -257,7 +297,7 @@ class Session:
         return engines.EngineSpec(
             device=self.device, precision=c.precision, accumulate=c.accumulate, micro_batch=micro_batch, lr=c.peak_lr,
             weight_decay=c.weight_decay, betas=c.betas, clip=c.clip, zero_stage=self.choice.stage,
-            zero_offload=self.choice.offload,
+            zero_offload=self.choice.offload, has_graph=self.graph.is_used,
         )  # fmt: skip
 
     def _print_plan(self, steps_per_epoch: int) -> None:
@@ -288,7 +328,7 @@ class Session:
         return None
 
     def _knn(self, step: int, display: Display) -> dict[str, float]:
-        with self.engine.whole():
+        with self._evaluating():
             accuracy = self._accuracy(self._features)
         result = {"knn_top1": accuracy}
         if step == 0:
@@ -296,6 +336,18 @@ class Session:
         text = f"k-NN      step {step}: {100 * accuracy:.1f} % of the validation images right"
         display.say(text + (f" (raw pixels: {100 * result['knn_top1_raw_pixels']:.1f} %)" if step == 0 else ""))
         return result
+
+    def _evaluating(self) -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(self.engine.whole())
+        if self.config.compile != "off":
+            stack.enter_context(compiling.uncompiled())
+        return stack
+
+    def _trial_forward(self) -> None:
+        batch = autobatch.random_batch(self.method, self._engine_spec().micro_batch, self.device)
+        with compiling.uncompiled(), self.engine.autocast():
+            self.method(batch, torch.zeros(2, dtype=torch.int64, device=self.device))
 
     def _features(self, images: torch.Tensor) -> torch.Tensor:
         with self.engine.autocast():
@@ -313,7 +365,7 @@ class Session:
             return {}
         images, ids = self._picture_images()
         rng = torch.tensor([self.config.seed, 0], device=self.device)
-        with self.engine.whole(), self.engine.autocast():
+        with self._evaluating(), self.engine.autocast():
             pictures = self.method.reconstruct(images, ids, rng)
         if pictures is not None and dist.is_main():
             write_pictures(pictures, out / "reconstructions" / f"step-{step:07d}.png")
@@ -336,6 +388,14 @@ class Session:
         if bad:
             display.say(f"data      {len(bad)} unreadable images were replaced; the first: {bad[0][0]}: {bad[0][1]}")
         display.say(f"done      {out}: encoder.safetensors, metrics.jsonl, checkpoints/, reconstructions/")
+
+
+def _batch_of_run(config: TrainConfig) -> int:
+    """The batch size of the run that is continued; 0 if there is none."""
+    path = None if config.resume is None or config.out is None else config.out / CONFIG_FILE
+    if path is None or not path.is_file():
+        return 0
+    return yaml.safe_load(path.read_text())["batch_size"]
 
 
 def _wait_for(path: Path) -> None:

@@ -2,41 +2,30 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
-from fastmim_pipelines.spec import Batch, DataError, Loader
+from fastmim_pipelines.spec import Batch, Loader
 from torch import Tensor
 
-from fastmim import checkpoint, dist
+from fastmim import captures, checkpoint, dist
+from fastmim.captures import Taken
 from fastmim.config import ConfigError, Duration, TrainConfig, to_plain
-from fastmim.contrast import Rest, join
 from fastmim.dist import StopAgreement, is_main, world_size
-from fastmim.engine.base import MODEL_FILE, Engine
+from fastmim.engine.base import Engine, StepInfo
+from fastmim.graph import CaptureError, StaticStep
 from fastmim.methods.base import Method, StepOutput
 from fastmim.metrics import Clock, Display, Meter, MetricsFile, peak_mib
 from fastmim.nonfinite import WINDOW_STEPS, NonFiniteError, Skips
-from fastmim.saving import HostCopy, Saver, stored
+from fastmim.restarts import batches_from
+from fastmim.resuming import check_same_run, exclusion
+from fastmim.saving import Saver, stored
 from fastmim.schedule import learning_rate
 from fastmim.signals import Stop
+from fastmim.step import StepProgram, to_device
 from fastmim.watchdog import Pace, Watchdog
-
-# How often in a row data workers that died are started again at the same place. Source: own choice.
-MOST_RESTARTS = 3
-CAPTURES_KEPT = 2
-# What a checkpoint must agree on with the run that continues it.
-FIXED = ("method", "model", "image_size", "patch_size", "in_chans", "batch_size", "seed", "options")
-
-
-class Taken(NamedTuple):
-    """What a capture needs to know of a step; nothing is read from the device."""
-
-    step: int
-    ids: list[Tensor]
-    losses: list[Tensor]
-    grad_norm: Tensor
 
 
 class Periodic(NamedTuple):
@@ -77,6 +66,8 @@ class Trainer:
         track: receives every record that goes to metrics.jsonl.
         boxes: gives the loader its boxes; None: the method's crops use none.
         mfu: share of the devices' peak at a number of images per second; None where it is not known.
+        graph: "off" takes each step as it comes; "auto" and "on" take it through graph.py, which on a GPU captures it,
+            and "on" ends the run where that fails.
     """
 
     def __init__(
@@ -90,6 +81,7 @@ class Trainer:
         track: Callable[[dict], None] = lambda record: None,
         boxes: Boxes | None = None,
         mfu: Callable[[float], float | None] = lambda images_per_s: None,
+        graph: Literal["off", "auto", "on"] = "off",
     ):
         self.config, self.method, self.engine, self.loader = config, method, engine, loader
         self.out, self.display, self.track, self.boxes, self.mfu = out, display, track, boxes, mfu
@@ -100,15 +92,18 @@ class Trainer:
         self.checkpoints = out / "checkpoints"
         self.step = 0
         self.saved_step: int | None = None
-        self.pairs = method.ema_pairs()
-        has_parts = config.accumulate > 1 and config.contrast_batch == "step"
-        self.joins_contrast = has_parts and method.mixes_images and method.can_represent()
         self.file: MetricsFile | None = None
         self.saver = Saver(self.checkpoints, config.keep, display.say)
         self.skips = Skips(config.skip_budget)
         self.taken: Taken | None = None
         self.watchdog = Watchdog(config.hang_after)
         self.pace = Pace()
+        self.program = StepProgram(
+            method, engine, config.accumulate, config.contrast_batch,
+            at=lambda phase: self.watchdog.at(self.step, phase), add_time=self.pace.add,
+        )  # fmt: skip
+        self.graph, self.static = graph, None if graph == "off" else StaticStep(self.program)
+        self.excluded = exclusion(config.exclude)
         self.is_metrics_late = False
 
     def steps_of(self, duration: str | None) -> int:
@@ -132,7 +127,7 @@ class Trainer:
                 else:
                     step = int(wanted) if wanted.isdigit() else None
                     folder, manifest = checkpoint.find(self.checkpoints, step, self.display.say)
-                    self._check_same_run(folder, manifest["meta"]["config"])
+                    check_same_run(folder, manifest["meta"], self.config, self.excluded)
                     found = {"step": manifest["step"], "state": manifest["meta"].get("state", {})}
             except (checkpoint.CheckpointError, ConfigError) as e:
                 error = e
@@ -172,15 +167,6 @@ class Trainer:
             # Every rank has a budget for its share of the images.
             restore(*(count // world_size() + (dist.rank() < count % world_size()) for count in state["images"]))
 
-    def _check_same_run(self, folder: Path, saved: dict) -> None:
-        ours = to_plain(self.config)
-        for name in FIXED:
-            if saved.get(name) != ours[name]:
-                raise ConfigError(
-                    f"--resume: {folder} was trained with {name} = {saved.get(name)}, this run has {ours[name]}; "
-                    f"use the same value, or start anew with another --out"
-                )
-
     def save(self, *, is_last: bool = False) -> None:
         """Copies the state to the host, from where it is written while training goes on; collective.
 
@@ -203,7 +189,7 @@ class Trainer:
     def _meta(self) -> dict:
         return {
             "config": to_plain(self.config), "model": to_plain(self.config.model_spec()), "world": world_size(),
-            "encoder": self.method.encoder.design,
+            "encoder": self.method.encoder.design, "excluded": self.excluded,
         }  # fmt: skip
 
     def _save_boxes(self, folder: Path) -> None:
@@ -233,26 +219,10 @@ class Trainer:
             )
 
     def _capture(self) -> Path:
-        """Keeps what `fastmim replay` needs: weights, place in the data, and what came out."""
-        step, ids, losses, norm = self.taken
-        root = self.out / "captures"
-        copy = HostCopy()
-        self.engine.save(lambda file, name, tensor: copy.put(file, name, tensor) if file == MODEL_FILE else None)
-        copy.finish(self.engine.device)
-        means = dist.mean_over_ranks(torch.stack([loss.float() for loss in losses])).tolist()
         meta = self._meta() | {
             "seed": self.config.seed, "steps_per_epoch": self.steps_per_epoch, "skipped_steps": self.skips.state(),
-            "ids": dist.gather_rows(torch.cat(ids)).tolist(), "losses": [repr(mean) for mean in means],
-            "grad_norm": repr(norm.item()),
         }  # fmt: skip
-        if is_main():
-            try:
-                temporary = checkpoint.prepare(root)
-                hashes = {MODEL_FILE: checkpoint.write_tensors(temporary / MODEL_FILE, copy.files[MODEL_FILE])}
-                checkpoint.commit(temporary, root, step, meta, CAPTURES_KEPT, hashes)
-            except OSError as e:
-                self.display.say(f"warning   no capture was kept: {e}")
-        return root / checkpoint.folder_name(step)
+        return captures.keep(self.out / "captures", self.taken, self.engine, meta, self.display.say)
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -284,7 +254,7 @@ class Trainer:
             self._run_periodics(periodics)
         meter, clock = Meter(self.engine.device), Clock()
         rng = torch.tensor([self.config.seed, self.step], device=self.engine.device)
-        batches = self._batches()
+        batches = batches_from(self.loader, self.step)
         while self.step < self.total:
             clock.began += self._prepare_boxes()
             self.watchdog.at(self.step, "waiting for data")
@@ -296,7 +266,6 @@ class Trainer:
             lr = self._train_step(batch, rng, meter)
             self.watchdog.at(self.step, "after the update")
             self.step += 1
-            rng[1] += 1
             clock.steps += 1
             self.pace.step()
             self.display.step(self.step)
@@ -321,59 +290,46 @@ class Trainer:
             self.boxes.prepare(self.step)
         return time.perf_counter() - began
 
-    def _batches(self) -> Iterator[Batch]:
-        place, restarts = self.step, 0
-        while True:
-            try:
-                for batch in self.loader.epoch(*divmod(place, self.steps_per_epoch)):
-                    yield batch
-                    place, restarts = place + 1, 0
-            except RuntimeError as e:
-                # What is due is a function of the place: new workers go on with the same images and crops.
-                if not getattr(self.loader, "workers", 0):
-                    raise
-                restarts += 1
-                reason = str(e).splitlines()[0]
-                if restarts > MOST_RESTARTS:
-                    raise DataError(
-                        f"rank {dist.rank()}, step {place}: data workers died {restarts} times in a row: {reason}"
-                    ) from e
-                print(f"warning   rank {dist.rank()}, step {place}: data workers started again: {reason}", flush=True)
-
-    def _train_step(self, batch: Batch, rng: torch.Tensor, meter: Meter) -> float:
-        config, engine = self.config, self.engine
+    def _train_step(self, batch: Batch, rng: Tensor, meter: Meter) -> float:
+        config = self.config
         lr = learning_rate(
             self.step, total=self.total, warmup=self.warmup, peak=config.peak_lr, warmup_start=config.warmup_start,
             end=config.lr_end, schedule=config.schedule,
         )  # fmt: skip
-        engine.set_lr(lr)
-        micros = list(_split(batch, config.accumulate, engine.device))
-        rests: list[tuple[Rest, ...]] = [()] * len(micros)
-        if self.joins_contrast:
-            rests = [(rest,) for rest in join([engine.represent(micro, rng) for micro in micros])]
-        losses: list[Tensor] = []
-        for micro, rest in zip(micros, rests):
-            out = self._forward(micro, rng, rest)
-            losses.append(out.loss.detach())
-            self.watchdog.at(self.step, "backward")
-            engine.backward(out.loss)
-            parts = {f"loss/{name}": value for name, value in out.parts.items()}
-            meter.add(loss=out.loss, **parts, **out.measures)
-        self._settle()
-        self.watchdog.at(self.step, "update")
-        info = engine.step()
+        momentum = self.method.momentum(self.step / self.total)
+        outputs, info = (self._take if self.static is None else self._take_static)(batch, rng, lr, momentum)
         self.skips.note(self.step, info.applied)
-        self.taken = Taken(self.step, [micro.ids for micro in micros], losses, info.grad_norm)
-        engine.ema(self.pairs, self.method.momentum(self.step / self.total))
+        self.taken = Taken(self.step, batch.ids, [out.loss for out in outputs], info.grad_norm)
+        for out in outputs:
+            meter.add(loss=out.loss, **{f"loss/{name}": value for name, value in out.parts.items()}, **out.measures)
         meter.add(grad_norm=info.grad_norm, skipped=~info.applied)
         return lr
 
-    def _forward(self, micro: Batch, rng: Tensor, rest: tuple[Rest, ...]) -> StepOutput:
-        self.watchdog.at(self.step, "forward")
-        began, waited = time.perf_counter(), dist.waited_s
-        out = self.engine.forward(micro, rng, *rest)
-        self.pace.add(time.perf_counter() - began - (dist.waited_s - waited))
-        return out
+    def _take(self, batch: Batch, rng: Tensor, lr: float, momentum: float) -> tuple[list[StepOutput], StepInfo]:
+        """A step: what each micro-batch gave, and what the update did."""
+        self.engine.set_lr(lr)
+        outputs = self.program.gradient(to_device(batch, self.engine.device), rng)
+        self._settle()
+        self.watchdog.at(self.step, "update")
+        return outputs, self.program.update(rng, momentum)
+
+    def _take_static(self, batch: Batch, rng: Tensor, lr: float, momentum: float) -> tuple[list[StepOutput], StepInfo]:
+        """The same on tensors that stay in place."""
+        # A graph changes weights before the flag of the step before is there. That matters where the flag may end the
+        # run, since a capture needs the weights; else it is read afterwards, and the device never waits.
+        if self.skips.is_last_chance:
+            self._settle()
+        try:
+            result = self.static(batch, rng, lr, momentum)
+        except CaptureError as e:
+            if self.graph == "on":
+                raise
+            self.display.say(f"warning   {e}; training goes on without a graph")
+            self.static.release()
+            self.static = None
+            return self._take(batch, rng, lr, momentum)
+        self._settle()
+        return result
 
     def _log(self, lr: float, meter: Meter, clock: Clock, agreement: StopAgreement) -> None:
         steps = clock.steps
@@ -428,11 +384,3 @@ class Trainer:
                     self.display.say(f"warning   {self.out / 'metrics.jsonl'}: {e}; training goes on")
                 self.is_metrics_late = True
             self.track(record)
-
-
-def _split(batch: Batch, parts: int, device: torch.device) -> Iterator[Batch]:
-    """Micro-batches of a rank's share, moved to the device."""
-    crops = [crop.to(device, non_blocking=True).chunk(parts) for crop in batch.crops]
-    ids = batch.ids.to(device, non_blocking=True).chunk(parts)
-    for i in range(parts):
-        yield Batch(tuple(c[i] for c in crops), ids[i])

@@ -1,30 +1,19 @@
-"""Vision transformer parts: position table, attention, blocks, encoder, light decoder.
+"""Vision transformers: position table, encoder, light decoder.
 
 They know nothing of masking policy: who is visible arrives as patch indices.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from fastmim_kernels import (
-    Stream,
-    add_layer_norm,
-    bias_gelu,
-    gather_tokens,
-    linear,
-    patchify_gather,
-    qkv_attention,
-    restore_tokens,
-    uniform,
-)
-from fastmim_kernels.qkv import attention
+from fastmim_kernels import gather_tokens, patchify_gather, restore_tokens
 from torch import Tensor, nn
 
+from fastmim import savers
+from fastmim.blocks import Attend, Block, Linear, Norm, Sum, attention, in_stream_dtype, run_blocks
 from fastmim.config import SIZES, ModelSpec
-
-NORM_EPS = 1e-6
 
 
 def sincos_position(width: int, grid: tuple[int, int], first: str = "column") -> Tensor:
@@ -49,160 +38,6 @@ def sincos_position(width: int, grid: tuple[int, int], first: str = "column") ->
     angles = [coordinate.reshape(-1, 1).double() * frequency for coordinate in order]
     table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
     return torch.cat([table.new_zeros(1, width), table]).float()
-
-
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-class Linear(nn.Linear):
-    """A linear layer whose weight gradient is summed in float32 on CPUs, too."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
-
-
-class QueryValueBias(nn.Linear):
-    """The fused qkv product whose keys have no bias: softmax cancels it. Source: microsoft/unilm beit."""
-
-    def __init__(self, width: int):
-        super().__init__(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int, *, key_bias: bool = True):
-        super().__init__()
-        self.heads = heads
-        self.qkv = Linear(width, 3 * width) if key_bias else QueryValueBias(width)
-        self.proj = Linear(width, width)
-
-    def forward(self, x: Tensor, attend: Attend = attention) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, x.shape[2] // self.heads))
-        if attend is attention:
-            return self.proj(qkv_attention(qkv).flatten(2))
-        return self.proj(attend(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2).flatten(2))
-
-
-class Norm(nn.LayerNorm):
-    """LayerNorm behind a residual addition: both in one pass over the tokens."""
-
-    def __init__(self, width: int, eps: float = NORM_EPS):
-        super().__init__(width, eps=eps)
-
-    def forward(
-        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Adds a branch and normalizes.
-
-        Args:
-            x: (B, N, D) residual stream.
-            branch: (B, N, D) what to add to it; None: nothing.
-            scale, rows: (D,) and (B,) factors of the branch, or None.
-
-        Returns:
-            The normalized sum, and the sum.
-        """
-        if branch is None:
-            return add_layer_norm(x, None, self.weight, self.bias, eps=self.eps), x
-        return add_layer_norm(
-            branch, x, self.weight, self.bias, scale=scale, row_scale=rows, eps=self.eps, prenorm=True
-        )
-
-
-class Sum(nn.Module):
-    """A `Norm` that does not normalize."""
-
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = x if branch is None else x + branch
-        return x, x
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block with an MLP of ratio 4 and exact GELU.
-
-    Args:
-        layer_scale: start of the learned factors of both branches, one per channel; 0: none.
-        key_bias: see `QueryValueBias`.
-    """
-
-    def __init__(self, width: int, heads: int, *, layer_scale: float = 0.0, key_bias: bool = True):
-        super().__init__()
-        self.norm1 = Norm(width)
-        self.attn = Attention(width, heads, key_bias=key_bias)
-        self.norm2 = Norm(width)
-        self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
-        for name in ("gamma_1", "gamma_2"):
-            gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
-            self.register_parameter(name, gamma)
-
-    def forward(
-        self, x: Tensor, branch: Tensor | None = None, attend: Attend = attention, drop: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """One block, its last addition left to who comes next: the next block's first norm adds and normalizes at once.
-
-        Args:
-            x: (B, N, D) residual stream.
-            branch: (B, N, D) what the block before left to be added, or None.
-            attend: the attention.
-            drop: (B, 2) factors of the two branches, 0 where stochastic depth leaves one out.
-
-        Returns:
-            The stream, and what is to be added to it.
-        """
-        y, x = self.norm1(x, branch)
-        y, x = self.norm2(x, self.attn(y, attend), self.gamma_1, None if drop is None else drop[:, 0])
-        return x, scaled(self.fc2(bias_gelu(self.fc1(y))), self.gamma_2, drop, 1)
-
-
-def run_blocks(
-    blocks: Iterable[Block],
-    x: Tensor,
-    attend: Attend | Sequence[Attend] = attention,
-    drop: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Runs at least one block after another.
-
-    Under autocast to bf16 the residual stream is bf16, too; sums and norms are computed in fp32.
-
-    Args:
-        blocks: of width D.
-        x: (B, N, D).
-        attend: the attention of all blocks, or one per block.
-        drop: (B, depth, 2), see `random_drop_path`.
-
-    Returns:
-        The residual stream, and the last branch, which is still to be added to it.
-    """
-    device, branch = x.device.type, None
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16:
-        x = x.bfloat16()
-    for i, block in enumerate(blocks):
-        x, branch = block(x, branch, attend if callable(attend) else attend[i], None if drop is None else drop[:, i])
-    return x, branch
-
-
-def scaled(branch: Tensor, gamma: Tensor | None, drop: Tensor | None, column: int) -> Tensor:
-    """A residual branch (B, N, D) times its layer scale (D,) and its image's column of `drop` (B, 2)."""
-    if gamma is not None:
-        branch = branch * gamma
-    return branch if drop is None else branch * drop[:, column].to(branch.dtype).view(-1, 1, 1)
-
-
-def random_drop_path(rng: Tensor, ids: Tensor, peak: float, *depths: int) -> list[Tensor]:
-    """Stochastic depth: factors (B, depth, 2) of the branches of the blocks, for networks of the given depths.
-
-    In each network the drop rate rises linearly from 0 at its first block to `peak` at its last. A branch survives
-    with probability 1 - rate, and is then divided by it. Source: arXiv 1603.09382; timm's scaling.
-    """
-    rate = torch.cat([torch.linspace(0, peak, depth, device=ids.device) for depth in depths]).repeat_interleave(2)
-    survives = uniform(rng, ids, Stream.DROP_PATH, len(rate)) >= rate
-    factors = (survives / (1 - rate)).view(len(ids), -1, 2)
-    return list(factors.split(list(depths), dim=1))
 
 
 class Encoder(nn.Module):
@@ -314,7 +149,7 @@ class Decoder(nn.Module):
         num_prefix: int = 1,
     ):
         super().__init__()
-        self.pool, self.num_prefix = pool, num_prefix
+        self.pool, self.num_prefix, self.savers = pool, num_prefix, savers.chosen()
         self.embed = Linear(SIZES[model.name].width, spec.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, spec.width))
         self.register_buffer("position", sincos_position(spec.width, model.grid, position), persistent=False)
@@ -323,31 +158,81 @@ class Decoder(nn.Module):
         self.pred = Linear(spec.width, out_values)
         initialize(self)
 
-    def fill(self, tokens: Tensor, ids_restore: Tensor) -> Tensor:
-        """Embedded visible tokens -> all tokens with their positions. For subclasses whose images are laid out else."""
+    def fill(self, tokens: Tensor, layout: Tensor, mask_token: Tensor, position: Tensor) -> Tensor:
+        """Every token at its patch, the mask token elsewhere, positions added.
+
+        With `places`, what a subclass overrides whose images are laid out else.
+
+        Args:
+            tokens: (B, prefix + K, W) of the visible patches.
+            layout: as `forward` gets it.
+            mask_token, position: (W,), (prefix + L, W).
+
+        Returns:
+            (B, prefix + L, W).
+        """
+        return restore_tokens(tokens, mask_token, position, layout, num_prefix=self.num_prefix)
+
+    def places(self, table: Tensor, layout: Tensor, count: int) -> Tensor:
+        """Rows (B, count, W), or (count, W), of a table (prefix + L, W) that belong to the `count` tokens that `fill` gets."""
+        ids_keep = inverse(layout)[:, : count - self.num_prefix] + self.num_prefix
+        prefix = torch.arange(self.num_prefix, device=layout.device).expand(len(layout), -1)
+        return gather_tokens(table.expand(len(layout), -1, -1), torch.cat([prefix, ids_keep], dim=1))
+
+    def hidden(self, latent: Tensor, layout: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(B, prefix + K, D) encoder output -> (B, prefix + L, width) stream, and what is still to be added to it.
+
+        Args:
+            rows: (B, M) the only tokens that are wanted.
+        """
         position = self.position[1 - self.num_prefix :]
-        return restore_tokens(tokens, self.mask_token.flatten(), position, ids_restore, num_prefix=self.num_prefix)
+        tokens, mask_token = self.embed(latent), self.mask_token.flatten()
+        x = self.fill(tokens, layout, mask_token, position)
+        qkv = self.projections(tokens, layout, mask_token, position, x.dtype) if "first" in self.savers else None
+        return run_blocks(self.blocks, x, rows=rows, qkv=qkv)
 
-    def hidden(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """(B, prefix + K, D) encoder output -> (B, prefix + L, width), before the last norm."""
-        x, branch = run_blocks(self.blocks, self.fill(self.embed(latent), ids_restore))
-        return x + branch
+    def projections(
+        self, tokens: Tensor, layout: Tensor, mask_token: Tensor, position: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        """(B, prefix + L, 3 width): what the first block makes of `fill`'s result, without doing it for every mask token.
 
-    def forward(self, latent: Tensor, ids_restore: Tensor, ids_out: Tensor | None = None) -> Tensor:
+        A mask token depends on its position alone: there is a table of them. To fill in y - table at the visible
+        patches, with the table as positions, puts y there and the table elsewhere; the gradient of the table is then a sum
+        over the batch that `fill` computes anyway.
+        """
+
+        def project(x: Tensor) -> Tensor:
+            return first.attn.qkv(first.norm1(in_stream_dtype(x.to(dtype)))[0])
+
+        first, count = self.blocks[0], tokens.shape[1]
+        table = project((mask_token + position)[None])[0]
+        seen = project(tokens + self.places(position, layout, count))
+        return self.fill(seen - self.places(table, layout, count), layout, torch.zeros_like(table[0]), table)
+
+    def forward(self, latent: Tensor, layout: Tensor, ids_out: Tensor | None = None) -> Tensor:
         """Decodes.
 
         Args:
             latent: (B, prefix + K, D) encoder output, class token first.
-            ids_restore: (B, L) inverse of (ids_keep, ids_masked).
+            layout: which patch each token is of: (B, L) inverse of (ids_keep, ids_masked).
             ids_out: (B, M) patches to predict; None: all L.
 
         Returns:
             (B, M, out_values), or (B, out_values) if pooled.
         """
-        x = self.hidden(latent, ids_restore)[:, self.num_prefix :]
+        if ids_out is not None and "last" in self.savers:
+            return self.pred(self.norm(*self.hidden(latent, layout, ids_out + self.num_prefix))[0])
+        x, branch = self.hidden(latent, layout)
+        x = (x + branch)[:, self.num_prefix :]
         if self.pool:
             return self.pred(self.norm(x)[0].mean(1))
         return self.pred(self.norm(x if ids_out is None else gather_tokens(x, ids_out))[0])
+
+
+def inverse(order: Tensor) -> Tensor:
+    """(B, L) permutations -> their inverses."""
+    count = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, count)
 
 
 def initialize(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Shared by all tests: one thread per process, and helpers to run the trainer as a user would."""
+"""Shared by all tests: one thread per process, set before torch is imported."""
 
 import os
 

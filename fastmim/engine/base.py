@@ -1,8 +1,9 @@
 """The engine protocol, the precision wrapper, and the choice of an engine."""
 
+import functools
 import importlib
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
@@ -38,6 +39,8 @@ class EngineSpec(NamedTuple):
     clip: float | None
     zero_stage: int
     zero_offload: str = "none"
+    has_graph: bool = False
+    """Steps will be captured into a CUDA graph, see graph.py."""
 
 
 class Engine(Protocol):
@@ -63,10 +66,16 @@ class Engine(Protocol):
         """Clips, updates the parameters, clears the gradients."""
         ...
 
-    def set_lr(self, lr: float) -> None: ...
+    def set_lr(self, lr: float | Tensor) -> None:
+        """Sets the learning rate; a tensor (single and ddp alone) is read anew by each step, in a captured graph, too."""
+        ...
 
-    def ema(self, pairs: list[EmaPair], momentum: float) -> None:
-        """Moves each target towards its online tensor, unless the last step was skipped."""
+    def ema(self, pairs: list[EmaPair], momentum: float | Tensor) -> None:
+        """Moves each target towards its online tensor, unless the last step was skipped.
+
+        Args:
+            momentum: a number, or (single and ddp alone) a float32 scalar on the device.
+        """
         ...
 
     def whole(self) -> AbstractContextManager[None]:
@@ -126,6 +135,17 @@ class Precise(nn.Module):
     def represent(self, batch: Batch, rng: Tensor) -> Representations:
         with self.autocast():
             return self.method.represent(batch, rng)
+
+
+@functools.cache
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which steps are warmed up and captured, see graph.py."""
+    return torch.cuda.Stream(device)
+
+
+def on_capture_stream(device: torch.device) -> AbstractContextManager:
+    """Within it, a GPU's work is put on that stream; DDP's nodes of the backward pass stay where they were made."""
+    return torch.cuda.stream(capture_stream(device)) if device.type == "cuda" else nullcontext()
 
 
 # Share of a device's memory that weights, gradients and AdamW may take; activations get the rest. Source: own choice.

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmim.contrast import Rest
 from fastmim.dist import start
-from fastmim.engine.base import EngineSpec, StepInfo
+from fastmim.engine.base import EngineSpec, StepInfo, on_capture_stream
 from fastmim.engine.single import SingleEngine
 
 
@@ -32,7 +32,8 @@ class DdpEngine(SingleEngine):
     def __init__(self, method: nn.Module, spec: EngineSpec):
         start(spec.device)
         super().__init__(method, spec)
-        self.parallel = data_parallel(self.precise, spec.device)
+        with on_capture_stream(spec.device) if spec.has_graph else nullcontext():
+            self.parallel = data_parallel(self.precise, spec.device)
         self.micro_steps = 0
 
     def _synchronized(self):
@@ -51,6 +52,10 @@ class DdpEngine(SingleEngine):
     def step(self) -> StepInfo:
         self.micro_steps = 0
         return super().step()
+
+    def discard(self) -> Tensor:
+        self.micro_steps = 0
+        return super().discard()
 
 
 ENGINE = DdpEngine

@@ -54,11 +54,18 @@ class SingleEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(self.applied, norm)
 
-    def set_lr(self, lr: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+    def discard(self) -> Tensor:
+        """Clears the gradients without a step; their norm."""
+        norm = clip_gradients(self.parameters, None)
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
 
-    def ema(self, pairs: list[EmaPair], momentum: float) -> None:
+    def set_lr(self, lr: float | Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            # AdamW asks for "capturable" in a graph; what the fused one does is the same.
+            group["lr"], group["capturable"] = lr, isinstance(lr, Tensor) and lr.is_cuda
+
+    def ema(self, pairs: list[EmaPair], momentum: float | Tensor) -> None:
         if pairs:
             kept = torch.where(self.applied, momentum, 1.0)
             ema_update([p.target for p in pairs], [p.online for p in pairs], kept)

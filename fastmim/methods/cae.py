@@ -14,29 +14,22 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from fastmim_kernels import TokenLoss, bias_gelu, linear_cross_entropy
+from fastmim_kernels import TokenLoss, bias_gelu, gather_tokens, linear_cross_entropy
 from fastmim_pipelines.spec import Batch, CropSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmim import savers
+from fastmim.attention import attend_tokens
+from fastmim.blocks import NORM_EPS, Block, Linear, Norm, random_drop_path, run_blocks, scaled
 from fastmim.config import SIZES, ConfigError, ModelSpec
 from fastmim.masking import BlockPolicy, MaskPlan
 from fastmim.methods.base import Method, Preset, StepOutput
+from fastmim.recompute import Recomputed, called
 from fastmim.targets import PixelTarget, Reconstruction
 from fastmim.tokenizer import PUBLISHED, RecordedTarget, Tokenizer, TokenTarget, load_dalle
 from fastmim.views import random_flip
-from fastmim.vit import (
-    NORM_EPS,
-    Block,
-    Encoder,
-    Linear,
-    Norm,
-    attention,
-    random_drop_path,
-    run_blocks,
-    scaled,
-    sincos_position,
-)
+from fastmim.vit import Encoder, sincos_position
 
 
 @dataclass(frozen=True)
@@ -83,15 +76,13 @@ class CrossAttention(nn.Module):
         self.v = Linear(width, width)
         self.proj = Linear(width, width)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        def split(x: Tensor) -> Tensor:
-            return x.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-        out = attention(split(self.q(q)), split(self.k(k)), split(self.v(v)))
-        return self.proj(out.transpose(1, 2).flatten(2))
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """(B, M, D), (B, N, D), (B, N, D), projected by `q`, `k` and `v` -> (B, M, D)."""
+        out = attend_tokens(*(x.unflatten(2, (self.heads, -1)) for x in (queries, keys, values)))
+        return self.proj(out.flatten(2))
 
 
-class RegressorBlock(nn.Module):
+class RegressorBlock(Recomputed):
     """Queries attend to visible latents and to all queries. Source: models/modeling_cae_helper.py `RegressorBlock`."""
 
     def __init__(self, width: int, heads: int, layer_scale: float):
@@ -104,15 +95,53 @@ class RegressorBlock(nn.Module):
             gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
             self.register_parameter(name, gamma)
 
-    def forward(self, x: Tensor, visible: Tensor, position: Tensor, drop: Tensor | None) -> Tensor:
-        """(B, M, D) queries, (B, K, D) visible latents, (B, K + M, D) positions of both -> (B, M, D)."""
+    def forward(
+        self,
+        x: Tensor,
+        visible: Tensor,
+        position: Tensor,
+        drop: Tensor | None,
+        projected: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """One block.
+
+        Args:
+            x: (B, M, D) queries.
+            visible: (B, K, D) latents.
+            position: (B, K + M, D) of both.
+            drop: (B, 2), see `random_drop_path`.
+            projected: queries, keys and values as `project_all` gives them, if they are known.
+        """
+        q, k, v = self.project_all(x, visible, position) if projected is None else projected
+        # As in the source: the second residual starts from the normalized tokens.
+        x, _ = self.norm2(x, self.attn(q, k, v), self.gamma_1, None if drop is None else drop[:, 0])
+        return x + scaled(self.project(self.fc1(x), bias_gelu, self.fc2), self.gamma_2, drop, 1)
+
+    def project_all(self, x: Tensor, visible: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, M, D), keys and values (B, K + M, D)."""
         both = torch.cat([visible, x.to(visible.dtype)], dim=1)
         queries, _ = self.norm_q(x, position[:, visible.shape[1] :])
         # Values have no position, and the residual takes the queries without theirs.
-        branch = self.attn(queries, self.norm_k(both, position)[0], self.norm_v(both)[0])
-        # As in the source: the second residual starts from the normalized tokens.
-        x, _ = self.norm2(x, branch, self.gamma_1, None if drop is None else drop[:, 0])
-        return x + scaled(self.fc2(bias_gelu(self.fc1(x))), self.gamma_2, drop, 1)
+        attn = self.attn
+        return attn.q(queries), attn.k(self.norm_k(both, position)[0]), attn.v(self.norm_v(both)[0])
+
+    def project_once(
+        self, mask_token: Tensor, visible: Tensor, table: Tensor, plan: MaskPlan
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where all queries are the mask token (1, 1, D): once per position of the table (L, D), not per image."""
+        attn, batch = self.attn, len(visible)
+        everywhere = mask_token.expand(1, len(table), -1)
+        queries = attn.q(self.norm_q(everywhere, table[None])[0])
+        token = mask_token.to(visible.dtype)
+        masked_keys = attn.k(self.norm_k(token.expand_as(everywhere), table[None])[0])
+        keys = attn.k(self.norm_k(visible, table[plan.ids_keep])[0])
+        value = attn.v(self.norm_v(token)[0]).expand(batch, plan.ids_masked.shape[1], -1)
+        values = attn.v(self.norm_v(visible)[0])
+
+        def chosen(rows: Tensor) -> Tensor:
+            return gather_tokens(rows.expand(batch, -1, -1), plan.ids_masked)
+
+        return chosen(queries), torch.cat([keys, chosen(masked_keys)], dim=1), torch.cat([values, value], dim=1)
 
 
 class Regressor(nn.Module):
@@ -120,6 +149,7 @@ class Regressor(nn.Module):
 
     def __init__(self, model: ModelSpec, width: int, heads: int, depth: int, layer_scale: float):
         super().__init__()
+        self.savers = savers.chosen()
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.register_buffer("position", sincos_position(width, model.grid, "row")[1:], persistent=False)
         self.blocks = nn.ModuleList(RegressorBlock(width, heads, layer_scale) for _ in range(depth))
@@ -128,9 +158,12 @@ class Regressor(nn.Module):
     def forward(self, visible: Tensor, plan: MaskPlan, drop: Tensor | None = None) -> Tensor:
         """(B, K, D) without class token; drop (B, depth, 2) -> (B, M, D)."""
         position = self.position[torch.cat([plan.ids_keep, plan.ids_masked], dim=1)]
-        x = self.mask_token.expand(*plan.ids_masked.shape, -1)
+        x, projected = self.mask_token.expand(*plan.ids_masked.shape, -1), None
+        if "first" in self.savers:
+            projected = self.blocks[0].project_once(self.mask_token, visible, self.position, plan)
         for i, block in enumerate(self.blocks):
-            x = block(x, visible, position, None if drop is None else drop[:, i])
+            x = called(block, x, visible, position, None if drop is None else drop[:, i], projected)
+            projected = None
         return self.norm(x)[0]
 
 
@@ -311,7 +344,7 @@ PRESETS = {
             warmup_start=0.0, lr_end=1e-5 / 1.5e-3, save_every="5ep", log_every=50,
         ),
         Config(),
-        {"vit_large": dict(epochs=1600.0, warmup="40ep"), "vit_huge": dict(patch_size=14)},
+        {"vit_large": dict(epochs=1600.0, warmup="40ep"), "vit_huge": dict(patch_size=14), "vit_giant": dict(patch_size=14)},
     ),
     # Own choice, for the generated images on 2 CPU cores; see MAE's. In so few steps the published weight of the alignment
     # makes all latents alike: linear probe 30.8 % after 20 epochs with 2, 45.5 % after 30 with 0.2 (600 images, n = 1).

@@ -163,7 +163,7 @@ PRESETS = {
             weight_decay=0.05, betas=(0.9, 0.95), warmup="40ep", warmup_start=1e-4, save_every="5ep", log_every=50,
         ),
         Config(),
-        {"vit_huge": dict(patch_size=14)},
+        {"vit_huge": dict(patch_size=14), "vit_giant": dict(patch_size=14)},
     ),
     # Own choice, for the generated images on 2 CPU cores: there the published color augmentation leaves color as a
     # shortcut for InfoNCE, and its momentum of 0.996 would hardly move the target in some hundred steps. A shift of 7

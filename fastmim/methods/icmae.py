@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmim import dist
+from fastmim.blocks import attention
 from fastmim.config import SIZES, ConfigError, ModelSpec
 from fastmim.contrast import Representations, Rest, among
 from fastmim.ema import EmaPair, module_pairs, start_target
@@ -30,7 +31,7 @@ from fastmim.masking import MaskPlan, RandomPolicy
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.targets import PixelTarget, Reconstruction
 from fastmim.views import ColorConfig, random_color
-from fastmim.vit import Decoder, DecoderSpec, Encoder, attention
+from fastmim.vit import Decoder, DecoderSpec, Encoder
 
 # The fixed box of SimCCrop. Source: ContrastiveCrop code.
 CENTER = (0.25, 0.25, 0.75, 0.75)
@@ -110,7 +111,7 @@ class TokenDecoder(Decoder):
     """A decoder that predicts a vector for the class token, too: (B, 1 + L, out_values)."""
 
     def forward(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        return self.pred(self.norm(self.hidden(latent, ids_restore))[0])
+        return self.pred(self.norm(*self.hidden(latent, ids_restore))[0])
 
 
 class PositionDrop(nn.Module):
@@ -374,7 +375,7 @@ PRESETS = {
             weight_decay=0.05, betas=(0.9, 0.95), warmup="40ep", warmup_start=0.0, save_every="5ep", log_every=50,
         ),
         Config(),
-        {"vit_huge": dict(patch_size=14)},
+        {"vit_huge": dict(patch_size=14), "vit_giant": dict(patch_size=14)},
     ),
     # Own choice, for the generated images on 2 CPU cores; see MAE's. After 40 epochs at normalized targets k-NN is at
     # 32.0 %, after 30 at plain ones at 25.3 % (600 images, n = 1).

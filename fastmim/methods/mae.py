@@ -75,7 +75,7 @@ PRESETS = {
             weight_decay=0.05, betas=(0.9, 0.95), warmup="40ep", warmup_start=0.0, save_every="5ep", log_every=50,
         ),
         Config(),
-        {"vit_huge": dict(patch_size=14)},
+        {"vit_huge": dict(patch_size=14), "vit_giant": dict(patch_size=14)},
     ),
     # Own choice, for the generated images on 2 CPU cores, as in the demo presets of the other methods without a large
     # batch to compare within: small batches give more steps in the same time. k-NN after 20 epochs: 27.3 % in batches of

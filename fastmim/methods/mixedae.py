@@ -21,12 +21,13 @@ from fastmim_pipelines.spec import Batch, CropSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmim.blocks import Attend, attention
 from fastmim.config import SIZES, ConfigError, ModelSpec
 from fastmim.masking import MaskPlan
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.targets import PixelTarget, Reconstruction
 from fastmim.views import random_flip
-from fastmim.vit import Attend, Decoder, DecoderSpec, Encoder, attention, initialize
+from fastmim.vit import Decoder, DecoderSpec, Encoder, initialize
 
 PROJECTION_OUT = 256
 
@@ -78,9 +79,12 @@ class UnmixingDecoder(Decoder):
         super().__init__(model, spec, out_values, num_prefix=num_prefix)
         self.members = members
 
-    def fill(self, tokens: Tensor, src: Tensor) -> Tensor:
-        position = self.position[1 - self.num_prefix :]
-        return unmix_tokens(tokens, self.mask_token.flatten(), position, src, self.members, self.num_prefix)
+    def fill(self, tokens: Tensor, src: Tensor, mask_token: Tensor, position: Tensor) -> Tensor:
+        return unmix_tokens(tokens, mask_token, position, src, self.members, self.num_prefix)
+
+    def places(self, table: Tensor, src: Tensor, count: int) -> Tensor:
+        # A mixture shows a patch at every position.
+        return table
 
 
 class MixedAE(Method):
@@ -282,7 +286,7 @@ PRESETS = {
             weight_decay=0.05, betas=(0.9, 0.95), warmup="40ep", warmup_start=0.0, save_every="5ep", log_every=50,
         ),
         Config(),
-        {"vit_huge": dict(patch_size=14)},
+        {"vit_huge": dict(patch_size=14), "vit_giant": dict(patch_size=14)},
     ),
     # Own choice, for the generated images on 2 CPU cores; see MAE's. A quarter of an image would show too little there.
     "demo": Preset(

@@ -14,12 +14,13 @@ from fastmim_pipelines.spec import Batch, CropSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastmim.blocks import attention, random_drop_path
 from fastmim.config import SIZES, ModelSpec
 from fastmim.masking import CellPolicy, MaskPlan
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.targets import PixelTarget, Reconstruction
 from fastmim.views import random_flip
-from fastmim.vit import Encoder, attention, random_drop_path
+from fastmim.vit import Encoder
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ PRESETS = {
             save_every="5ep", log_every=50,
         ),
         Config(),
-        {"vit_huge": dict(patch_size=14)},
+        {"vit_huge": dict(patch_size=14), "vit_giant": dict(patch_size=14)},
     ),
     # Own choice, for the generated images on 2 CPU cores; see MAE's. In so few steps layer scale and plain pixels hold
     # the encoder back: linear probe 22.5 % with both after 20 epochs at lr 7e-4, 45.0 % without, with half of the patches

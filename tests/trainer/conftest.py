@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 from fork_server import Server
+from slow_reference import SMALL
 from trainer_run import ROOT, environment, write_images
+
+from fastmim.config import SIZES, Size
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,9 @@ def server() -> Iterator[Server]:
     started = Server(environment(), ROOT)
     yield started
     started.close()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vit_tiny is SMALL for one test."""
+    monkeypatch.setitem(SIZES, "vit_tiny", Size(*SMALL))

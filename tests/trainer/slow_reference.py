@@ -6,7 +6,6 @@ of tensors by parameter name; gradients flow through them. One image at a time, 
 
 import functools
 import math
-import os
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -383,7 +382,6 @@ def _on_rank(rank: int, folder: str) -> None:
 @functools.cache
 def two_rank_results() -> list[dict[str, Tensor]]:
     """What `_on_rank` found on ranks 0 and 1; the processes run once per test session."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_on_rank, (folder,), nprocs=2)
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]

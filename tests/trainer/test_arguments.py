@@ -16,7 +16,9 @@ FROZEN = [
     "--base-lr",
     "--batch-size",
     "--betas",
+    "--checkpointing",
     "--clip",
+    "--compile",
     "--config",
     "--contrast-batch",
     "--data",
@@ -25,6 +27,7 @@ FROZEN = [
     "--engine",
     "--epochs",
     "--exclude",
+    "--graph",
     "--hang-after",
     "--image-size",
     "--in-chans",
@@ -316,7 +319,7 @@ def test_bare_resume_finds_the_newest_run(tmp_path, monkeypatch):
     assert parse_train(["--method", "mae", "--resume"]).seed == 3
 
 
-@pytest.mark.parametrize("method", ["mae", "cmae"])
+@pytest.mark.parametrize("method", base.available())
 def test_options_survive_a_round_trip_through_plain_values(method):
     for preset in base.find(method).PRESETS.values():
         plain = yaml.safe_load(yaml.safe_dump(to_plain(preset.options)))

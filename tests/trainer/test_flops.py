@@ -191,6 +191,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_figures_are_what_torch_counts_in_our_step_and_what_we_save(case, monkeypatch):
     monkeypatch.setenv("FASTMIM_KERNELS", "reference")  # torch counts its own products alone
+    monkeypatch.setenv("FASTMIM_SAVERS", "off")  # what they save: test_savers.py
     method, options, savings = CASES[case]
     o = base.find(method).Config(**options)
     figure = flops.training_flops(method, ODD, o)

@@ -1,4 +1,4 @@
-"""MAE against a slow re-computation from specs/mae.md: loss, gradients, masks, targets, presets."""
+"""MAE against a slow re-computation in float64: loss, gradients, masks, targets, pictures, presets."""
 
 import dataclasses
 import math
@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from fastmim_pipelines.spec import Batch, CropSpec
+from method_checks import assert_no_side_effects, assert_parts_average, assert_repeats, learn, others_of, waves
 from slow_reference import (
     SMALL,
     assert_same_gradients,
@@ -22,7 +23,7 @@ from slow_reference import (
     scramble,
 )
 
-from fastmim.config import SIZES, ConfigError, Size, TrainConfig, count_kept
+from fastmim.config import SIZES, Size, TrainConfig
 from fastmim.masking import MaskPlan
 from fastmim.methods import base, mae
 
@@ -30,11 +31,6 @@ from fastmim.methods import base, mae
 SHAPES = [(16, 24, 4, 3), (24, 16, 4, 1), (8, 12, 2, 5), (224, 224, 16, 3)]
 IDS = ["x".join(map(str, shape)) for shape in SHAPES]
 DECODER = dict(decoder_width=32, decoder_depth=2, decoder_heads=4)
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", Size(*SMALL))
 
 
 def encode(method, batch, rng):
@@ -130,29 +126,6 @@ def test_mae_masks_every_patch_equally_often(small):
     rate = method.mask(make_rng(), torch.arange(8000)).mask.mean(0)
     # Binomial: sqrt(.75 * .25 / 8000) = .0048; five of them.
     assert (rate - 0.75).abs().max() < 0.025
-
-
-@pytest.mark.parametrize(
-    "total, ratio, kept",
-    [(196, 0.75, 49), (64, 0.75, 16), (9, 0.75, 2), (10, 0.9, 1), (49, 0.65, 17), (49, 0.75, 12), (196, 0.65, 68),
-     (100, 0.71, 29), (1000, 0.999, 1), (100000, 1e-5, 99999), (7, 0.0, 7), (256, 0.75, 64)],
-)  # fmt: skip
-def test_count_kept_is_the_exact_floor(total, ratio, kept):
-    assert count_kept(total, ratio) == kept
-
-
-def test_count_kept_equals_integer_arithmetic_for_all_percentages():
-    for total in (9, 10, 49, 64, 196, 256, 1000):
-        for percent in range(100):
-            kept = total * (100 - percent) // 100
-            if kept:
-                assert count_kept(total, percent / 100) == kept, (total, percent)
-
-
-@pytest.mark.parametrize("total, ratio", [(196, 1.0), (196, -0.1), (4, 0.9)])
-def test_count_kept_refuses_to_keep_nothing_or_too_much(total, ratio):
-    with pytest.raises(ConfigError, match="ratio"):
-        count_kept(total, ratio)
 
 
 # ---- what the loss depends on
@@ -265,68 +238,31 @@ def test_mae_norm_pix_adds_1e_6_to_the_variance(small):
 
 def test_mae_forward_has_no_side_effects(small):
     method = build()
-    batch, rng = make_batch(method), make_rng()
-    state = {n: t.clone() for n, t in [*method.named_parameters(), *method.named_buffers()]}
-    crop, generator = batch.crops[0].clone(), torch.get_rng_state()
-    method(batch, rng).loss.backward()
-    assert all(torch.equal(t, state[n]) for n, t in [*method.named_parameters(), *method.named_buffers()])
-    assert torch.equal(batch.crops[0], crop) and torch.equal(rng, make_rng())
-    assert torch.equal(torch.get_rng_state(), generator), "nothing random but what rng and ids give"
+    assert_no_side_effects(method, make_batch(method), make_rng())
 
 
 def test_mae_repeats_bit_for_bit_and_changes_with_step_seed_and_ids(small):
     method = build()
     batch, rng = make_batch(method), make_rng()
-    loss = method(batch, rng).loss
-    torch.manual_seed(99)
-    assert torch.equal(method(batch, rng).loss, loss)
-    others = [(batch, make_rng(step=12)), (batch, make_rng(seed=4)), (Batch(batch.crops, batch.ids + 1), rng)]
-    plan = method.mask(rng, batch.ids)
-    for other_batch, other_rng in others:
-        assert not torch.equal(method(other_batch, other_rng).loss, loss)
-        assert not torch.equal(method.mask(other_rng, other_batch.ids).ids_keep, plan.ids_keep)
+    assert_repeats(method, batch, rng)
+    keep = method.mask(rng, batch.ids).ids_keep
+    for other, at in others_of(batch, rng):
+        assert not torch.equal(method.mask(at, other.ids).ids_keep, keep)
 
 
 def test_mae_micro_batches_average_to_the_full_batch(small):
     method = build()
-    batch, rng = make_batch(method, 6), make_rng()
-    full = method(batch, rng).loss
-    full.backward()
-    gradients = {n: p.grad.clone() for n, p in method.named_parameters()}
-    method.zero_grad()
-    losses = []
-    for i in range(0, 6, 2):
-        loss = method(Batch((batch.crops[0][i : i + 2],), batch.ids[i : i + 2]), rng).loss
-        (loss / 3).backward()
-        losses.append(loss.item())
-    assert sum(losses) / 3 == pytest.approx(full.item(), rel=1e-6)
-    for name, parameter in method.named_parameters():
-        error = (parameter.grad - gradients[name]).norm()
-        assert error <= 1e-4 * gradients[name].norm() + 1e-6, name
+    assert_parts_average(method, make_batch(method, 6), make_rng(), 2)
 
 
 def test_mae_overfits_32_images(monkeypatch):
     """Fixed pictures and masks: the loss falls below .2, a fifth of what predicting 0 costs (15 / 16)."""
-    steps, peak = 250, 5e-3
     monkeypatch.setitem(SIZES, "vit_tiny", Size(64, 2, 4))
     torch.manual_seed(0)
     method = mae.MAE(model_spec(16, 16, 4, 1), mae.Config(decoder_width=64, decoder_depth=1, decoder_heads=4))
-    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    a, b, c = torch.rand(3, 32, 1, 1, 1)
-    waves = 127 + 120 * torch.sin(0.5 * a * x + 0.5 * b * y + 6 * c)
-    batch = Batch((waves.to(torch.uint8),), torch.arange(32))
-    optimizer = torch.optim.AdamW(method.parameters(), lr=peak, betas=(0.9, 0.95))
-    losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * min(1, step / 20) * (1 - step / steps)
-        loss = method(batch, make_rng(step=0)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] > 0.9
-    assert losses[-1] < 0.2
+    first, *_, last = learn(method, Batch((waves(32),), torch.arange(32)), steps=250, peak=5e-3, betas=(0.9, 0.95))
+    assert first["loss"] > 0.9
+    assert last["loss"] < 0.2
 
 
 # ---- pictures

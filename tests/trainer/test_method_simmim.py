@@ -1,4 +1,4 @@
-"""SimMIM against a slow re-computation from the published code's formulas: loss, gradients, masks, export, presets."""
+"""SimMIM against slow_simmim.py: loss, gradients, masks, bias, side effects, pictures, weights, presets."""
 
 import dataclasses
 import math
@@ -6,145 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastmim_kernels import Stream, uniform
 from fastmim_pipelines.spec import Batch, CropSpec
+from method_checks import assert_no_side_effects, assert_parts_average, assert_repeats, learn, waves
 from slow_reference import (
     SMALL,
     assert_same_gradients,
-    cells_to_patches,
-    count_blocks,
     cut_view,
     doubles,
     draw_flips,
-    draw_visible,
-    layer_norm,
     linear,
     make_batch,
     make_rng,
     model_spec,
-    patch_rows,
-    scramble,
     under,
 )
+from slow_simmim import IDS, SHAPES, build, slow_drops, slow_encode, slow_loss
 
 from fastmim.config import SIZES, Size, TrainConfig
 from fastmim.export import load_encoder, write_encoder
 from fastmim.methods import base, simmim
-
-# (height, width, patch, channels) and the side of a cell in patches.
-SHAPES = [((16, 24, 4, 3), 2), ((24, 16, 4, 1), 2), ((12, 20, 4, 5), 1)]
-IDS = ["x".join(map(str, shape)) + f"-cell{cell}" for shape, cell in SHAPES]
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", Size(*SMALL))
-
-
-def build(shape=SHAPES[0][0], cell=2, seed=0, **options):
-    torch.manual_seed(seed)
-    method = simmim.SimMIM(model_spec(*shape), simmim.Config(mask_cell=cell, **({"drop_path": 0.5} | options)))
-    scramble(method, seed)
-    return method
-
-
-# ---- the method once more, in float64, image by image
-
-
-def slow_bias(table, grid):
-    """(heads, 1 + L, 1 + L): row of the table by the offset of query and key; the last three rows are the class token's."""
-    h, w = grid
-    places = [None] + [(row, column) for row in range(h) for column in range(w)]
-    rows = []
-    for query in places:
-        row = []
-        for key in places:
-            if query is None and key is None:
-                entry = len(table) - 1
-            elif query is None:
-                entry = len(table) - 3
-            elif key is None:
-                entry = len(table) - 2
-            else:
-                entry = (query[0] - key[0] + h - 1) * (2 * w - 1) + query[1] - key[1] + w - 1
-            row.append(table[entry])
-        rows.append(torch.stack(row))
-    return torch.stack(rows).permute(2, 0, 1)
-
-
-def slow_block(w, x, heads, bias, drop):
-    width = x.shape[1]
-    d = width // heads
-    qkv = layer_norm(w, "norm1", x) @ w["attn.qkv.weight"].T
-    q, k, v = qkv[:, :width] + w["attn.qkv.q_bias"], qkv[:, width : 2 * width], qkv[:, 2 * width :]
-    v = v + w["attn.qkv.v_bias"]
-    outputs = []
-    for h in range(heads):
-        s = slice(h * d, (h + 1) * d)
-        scores = torch.exp(q[:, s] @ k[:, s].T / math.sqrt(d) + bias[h])
-        outputs.append(scores / scores.sum(1, keepdim=True) @ v[:, s])
-    x = x + drop[0] * w["gamma_1"] * linear(w, "attn.proj", torch.cat(outputs, 1))
-    hidden = linear(w, "fc1", layer_norm(w, "norm2", x))
-    hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
-    return x + drop[1] * w["gamma_2"] * linear(w, "fc2", hidden)
-
-
-def slow_encode(w, view, masked, patch, heads, drops=None):
-    """(1 + L, D): every patch is embedded, and those of `masked` are replaced by the token."""
-    grid = (view.shape[1] // patch, view.shape[2] // patch)
-    tokens = linear(w, "patch_embed", patch_rows(view, patch))
-    rows = [w["cls_token"][0, 0]]
-    rows += [w["mask_token"][0, 0] if i in masked else tokens[i] for i in range(len(tokens))]
-    x, bias = torch.stack(rows), slow_bias(w["relative_bias.table"], grid)
-    for i in range(count_blocks(w)):
-        x = slow_block(under(w, f"blocks.{i}"), x, heads, bias, (1, 1) if drops is None else drops[i])
-    return layer_norm(w, "norm", x)
-
-
-def slow_drops(rng, ids, largest, depth):
-    """Per image and block the factors of the two branches: rates rise evenly from 0 to the largest."""
-    numbers = uniform(rng, ids, Stream.DROP_PATH, 2 * depth).double().tolist()
-    factors = []
-    for row in numbers:
-        per_block = []
-        for i in range(depth):
-            rate = largest * i / (depth - 1)
-            per_block.append([0.0 if u < rate else 1 / (1 - rate) for u in row[2 * i : 2 * i + 2]])
-        factors.append(per_block)
-    return factors
-
-
-def masked_of(method, batch, rng, cell, cells_masked):
-    h, w = method.model.grid
-    cells = (h // cell) * (w // cell)
-    visible = draw_visible(rng, batch.ids, cells, cells - cells_masked)
-    return [[p for p in range(h * w) if p not in cells_to_patches(kept, method.model.grid, cell)] for kept in visible]
-
-
-def slow_loss(method, weights, batch, rng, cell, cells_masked, drop_path, norm_pix=False):
-    """The source's loss: absolute errors of the masked pixels in the picture, by their number, by the channels.
-
-    norm_pix: the pixels of each patch are first brought to mean 0 and (unbiased) variance 1.
-    """
-    m, (_, depth, heads) = method.model, SMALL
-    drops = slow_drops(rng, batch.ids, drop_path, depth)
-    total, pixels = 0.0, 0
-    for i, masked in enumerate(masked_of(method, batch, rng, cell, cells_masked)):
-        view = cut_view(batch.crops[0][i], m.image_size, 0, 0, draw_flips(rng, batch.ids)[i], m.mean, m.std)
-        tokens = slow_encode(under(weights, "encoder"), view, masked, m.patch_size, heads, drops[i])
-        pred = linear(weights, "head", tokens[1:])
-        for p in masked:
-            top, left = p // m.grid[1] * m.patch_size, p % m.grid[1] * m.patch_size
-            if norm_pix:
-                patch = view[:, top : top + m.patch_size, left : left + m.patch_size]
-                patch[:] = (patch - patch.mean()) / (patch.var() + 1e-6).sqrt()
-            for y in range(m.patch_size):
-                for x in range(m.patch_size):
-                    values = pred[p, (y * m.patch_size + x) * m.in_chans :][: m.in_chans]
-                    total = total + (view[:, top + y, left + x] - values).abs().sum()
-                    pixels += 1
-    return total / (pixels + 1e-5) / m.in_chans
-
 
 # ---- the whole method
 
@@ -265,57 +145,22 @@ def test_simmim_without_absolute_position_and_bias_is_blind_to_places(small):
 def test_simmim_forward_has_no_side_effects_and_repeats_bit_for_bit(small):
     method = build()
     batch, rng = make_batch(method), make_rng()
-    state = {n: t.clone() for n, t in method.state_dict().items()}
-    crop, generator = batch.crops[0].clone(), torch.get_rng_state()
-    loss = method(batch, rng).loss
-    loss.backward()
-    assert all(torch.equal(t, state[n]) for n, t in method.state_dict().items())
-    assert torch.equal(batch.crops[0], crop) and torch.equal(rng, make_rng())
-    assert torch.equal(torch.get_rng_state(), generator), "nothing random but what rng and ids give"
-    assert torch.equal(method(batch, rng).loss, loss)
-    for other in (make_rng(step=12), make_rng(seed=4)):
-        assert not torch.equal(method(batch, other).loss, loss)
+    assert_no_side_effects(method, batch, rng)
+    assert_repeats(method, batch, rng)
 
 
 def test_simmim_micro_batches_average_to_the_full_batch(small):
     method = build()
-    batch, rng = make_batch(method, 6), make_rng()
-    full = method(batch, rng).loss
-    full.backward()
-    gradients = {n: p.grad.clone() for n, p in method.named_parameters()}
-    method.zero_grad()
-    losses = []
-    for i in range(0, 6, 2):
-        loss = method(Batch((batch.crops[0][i : i + 2],), batch.ids[i : i + 2]), rng).loss
-        (loss / 3).backward()
-        losses.append(loss.item())
-    assert sum(losses) / 3 == pytest.approx(full.item(), rel=1e-6)
-    for name, parameter in method.named_parameters():
-        error = (parameter.grad - gradients[name]).norm()
-        assert error <= 1e-4 * gradients[name].norm() + 1e-6, name
+    assert_parts_average(method, make_batch(method, 6), make_rng(), 2)
 
 
 def test_simmim_overfits_16_images(monkeypatch):
     """Fixed pictures and masks: the absolute error falls to a quarter of its start, which is that of a prediction of 0."""
-    steps, peak = 250, 1e-2
     monkeypatch.setitem(SIZES, "vit_tiny", Size(64, 2, 4))
     torch.manual_seed(0)
     method = simmim.SimMIM(model_spec(16, 16, 4, 1), simmim.Config(mask_cell=1, drop_path=0.0))
-    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
-    a, b, c = torch.rand(3, 16, 1, 1, 1)
-    waves = 127 + 120 * torch.sin(0.5 * a * x + 0.5 * b * y + 6 * c)
-    batch = Batch((waves.to(torch.uint8),), torch.arange(16))
-    optimizer = torch.optim.AdamW(method.parameters(), lr=peak)
-    losses = []
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = peak * min(1, step / 20) * (1 - step / steps)
-        loss = method(batch, make_rng(step=0)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.25 * losses[0]
+    first, *_, last = learn(method, Batch((waves(16),), torch.arange(16)), steps=250, peak=1e-2)
+    assert last["loss"] < 0.25 * first["loss"]
 
 
 # ---- pictures

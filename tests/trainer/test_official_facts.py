@@ -130,7 +130,7 @@ def prepared(method: Method, mask: MaskIds) -> Method:
     return method
 
 
-def check(method: Method, parts: dict[str, float], slopes: dict[str, float]) -> StepOutput:
+def assert_numbers(method: Method, parts: dict[str, float], slopes: dict[str, float]) -> StepOutput:
     """`slopes`: the gradient of each parameter along a wave of its own, which tells apart entries that changed places."""
     crops = tuple(images(crop.size[0]) for crop in method.crops)
     output = method(Batch(crops, torch.arange(4)), torch.tensor([0, 0]))
@@ -154,7 +154,7 @@ def test_mae_is_the_published_code(small):
         "encoder.blocks.0.attn.qkv.weight": -0.00640471041,
         "decoder.mask_token": 0.0493240506,
     }
-    check(small_mae(), {"pixel": 1.40135152}, slopes)
+    assert_numbers(small_mae(), {"pixel": 1.40135152}, slopes)
 
 
 def test_mae_of_raw_pixels_is_the_published_code(small):
@@ -164,7 +164,7 @@ def test_mae_of_raw_pixels_is_the_published_code(small):
         "encoder.blocks.0.attn.qkv.weight": -0.00233649019,
         "decoder.mask_token": 0.0630583149,
     }
-    check(small_mae(normalize=False), {"pixel": 2.6913338}, slopes)
+    assert_numbers(small_mae(normalize=False), {"pixel": 2.6913338}, slopes)
 
 
 def test_conv_stem_is_the_published_code(small):
@@ -174,7 +174,7 @@ def test_conv_stem_is_the_published_code(small):
         "encoder.stage2.0.fc1.weight": -0.00247628289,
         "encoder.skip1.linear.weight": -0.0045799956,
     }
-    check(small_conv_mae(), {"pixel": 1.40605387}, slopes)
+    assert_numbers(small_conv_mae(), {"pixel": 1.40605387}, slopes)
 
 
 def test_cmae_is_the_published_code(small):
@@ -186,7 +186,7 @@ def test_cmae_is_the_published_code(small):
         "predictor.3.weight": 0.374768577,
         "pixel_decoder.pred.weight": 0.0990570066,
     }
-    check(small_cmae(), {"pixel": 1.59751132, "contrast": 0.60757761}, slopes)
+    assert_numbers(small_cmae(), {"pixel": 1.59751132, "contrast": 0.60757761}, slopes)
 
 
 def test_cae_is_the_published_code(small):
@@ -199,7 +199,7 @@ def test_cae_is_the_published_code(small):
         "regressor.blocks.0.attn.k.weight": -0.000932397063,
         "decoder.head.weight": -0.204597663,
     }
-    output = check(small_cae(), {"token": 3.60076151, "align": 4.33218531}, slopes)
+    output = assert_numbers(small_cae(), {"token": 3.60076151, "align": 4.33218531}, slopes)
     assert output.measures["mlm_acc"].item() == 3 / 128
 
 

@@ -1,0 +1,50 @@
+"""What a run must have in common with the checkpoint that it continues."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fastmim.config import ConfigError, TrainConfig, to_plain
+
+# Fields of the configuration that must be equal: with another one, the rest of the run would be another run.
+FIXED = ("method", "model", "image_size", "patch_size", "in_chans", "batch_size", "seed", "options")
+
+
+def exclusion(path: Path | None) -> str | None:
+    """SHA-256 of the names in a list of images to leave out, in any order; None without a list.
+
+    The order of a run follows from the images that are left, wherever the list is and however it was written.
+    """
+    if path is None:
+        return None
+    names = sorted({json.loads(line)["name"] for line in path.read_text().splitlines() if line.strip()})
+    return hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def check_same_run(folder: Path, meta: dict[str, Any], config: TrainConfig, excluded: str | None) -> None:
+    """Compares a checkpoint's run with this one.
+
+    Args:
+        folder, meta: of the checkpoint.
+        config: this run's.
+        excluded: this run's `exclusion`.
+
+    Raises:
+        ConfigError: they differ in something that must be equal.
+    """
+    saved, ours = meta["config"], to_plain(config)
+    for name in FIXED:
+        if saved.get(name) != ours[name]:
+            raise ConfigError(
+                f"--resume: {folder} was trained with {name} = {saved.get(name)}, this run has {ours[name]}; "
+                f"use the same value, or start anew with another --out"
+            )
+    theirs = saved.get("exclude")
+    # Older checkpoints know the list's path alone: whether there was one can be compared, and not what it said.
+    is_same = meta["excluded"] == excluded if "excluded" in meta else (theirs is None) == (excluded is None)
+    if not is_same:
+        raise ConfigError(
+            f"--resume: {folder} was trained with exclude = {theirs}, this run has {ours['exclude']}, which leaves out "
+            f"other images; use the same list, or start anew with another --out"
+        )

@@ -1,0 +1,79 @@
+"""One optimizer step as a program: from a batch, the rng and two numbers to new weights, with nothing read on the way."""
+
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from fastmim_pipelines.spec import Batch
+from torch import Tensor
+
+from fastmim import dist
+from fastmim.contrast import Rest, join
+from fastmim.engine.base import Engine, StepInfo
+from fastmim.methods.base import Method, StepOutput
+
+
+class StepProgram:
+    """What a step does to a method on an engine, in two parts: the gradient, and the update.
+
+    Args:
+        method, engine: see their protocols.
+        accumulate: micro-batches of a step.
+        contrast_batch: "step" or "micro", see TrainConfig.
+        at: told what begins.
+        add_time: told how many seconds of a forward pass were this process's own.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        engine: Engine,
+        accumulate: int,
+        contrast_batch: str,
+        at: Callable[[str], None] = lambda phase: None,
+        add_time: Callable[[float], None] = lambda seconds: None,
+    ):
+        self.method, self.engine, self.accumulate, self.at, self.add_time = method, engine, accumulate, at, add_time
+        self.pairs = method.ema_pairs()
+        has_parts = accumulate > 1 and contrast_batch == "step"
+        self.joins_contrast = has_parts and method.mixes_images and method.can_represent()
+
+    def gradient(self, batch: Batch, rng: Tensor) -> list[StepOutput]:
+        """Adds up the gradient of a rank's share of a step, on the engine's device; what each micro-batch gave."""
+        micros = list(split(batch, self.accumulate))
+        rests: list[tuple[Rest, ...]] = [()] * len(micros)
+        if self.joins_contrast:
+            rests = [(rest,) for rest in join([self.engine.represent(micro, rng) for micro in micros])]
+        outputs = []
+        for micro, rest in zip(micros, rests):
+            out = self.forward(micro, rng, rest)
+            self.at("backward")
+            self.engine.backward(out.loss)
+            outputs.append(out._replace(loss=out.loss.detach()))
+        return outputs
+
+    def forward(self, micro: Batch, rng: Tensor, rest: tuple[Rest, ...]) -> StepOutput:
+        self.at("forward")
+        began, waited = time.perf_counter(), dist.waited_s
+        out = self.engine.forward(micro, rng, *rest)
+        self.add_time(time.perf_counter() - began - (dist.waited_s - waited))
+        return out
+
+    def update(self, rng: Tensor, momentum: float | Tensor) -> StepInfo:
+        """Steps with the engine's learning rate, moves the targets, and sets the rng to the next step."""
+        info = self.engine.step()
+        self.engine.ema(self.pairs, momentum)
+        rng[1].add_(1)
+        return info
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    crops = tuple(crop.to(device, non_blocking=True) for crop in batch.crops)
+    return Batch(crops, batch.ids.to(device, non_blocking=True))
+
+
+def split(batch: Batch, parts: int) -> Iterator[Batch]:
+    """Micro-batches of a rank's share."""
+    crops, ids = [crop.chunk(parts) for crop in batch.crops], batch.ids.chunk(parts)
+    for i in range(parts):
+        yield Batch(tuple(c[i] for c in crops), ids[i])
