@@ -287,8 +287,8 @@ def run_with_little_shared_memory(*argv: str) -> None:
 def test_full_shared_memory_is_one_line_and_the_run_goes_on_when_there_is_room(images, server, straight, tmp_path):
     argv = arguments(images, tmp_path / "run", "--workers", "1", "--resume", "auto")
     call = ["--call", "test_faults", "run_with_little_shared_memory", *argv]
-    job = server.start(call, tmp_path / "log", FASTMIM_FAULT="step:ema:sleep=0.1@1+")
-    wait_for("step 3/", job, permitted=True)
+    job = server.start(call, tmp_path / "log", FASTMIM_FAULT="step:ema:sleep=0.5@1+")
+    wait_for("step 1/", job, permitted=True)
     try:
         # The job's own /dev/shm, seen from here.
         Path(f"/proc/{job.pids[0]}/root/dev/shm/filler").write_bytes(bytes(1 << 20))

@@ -7,6 +7,7 @@ import torch
 from fastmim_pipelines.spec import Batch
 from slow_reference import model_spec
 from test_accumulation import OPTIONS, SD_DEC, OneStep, build, engine_spec, make_batch
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,7 +66,13 @@ def test_forward_and_backward_read_nothing(case, accumulate, monkeypatch):
     with torch.device("meta"):
         method = base.build(name, model_spec(), module.Config(**options), 0)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        method.to_empty(device="cpu")
+        for part in method.modules():  # as `to_empty` does, which refuses tensors that something else knows of
+            for name, tensor in part._parameters.items():
+                if tensor is not None:
+                    part._parameters[name] = nn.Parameter(torch.empty(tensor.shape), tensor.requires_grad)
+            for name, tensor in part._buffers.items():
+                if tensor is not None:
+                    part._buffers[name] = torch.empty_like(tensor, device="cpu")
         monkeypatch.setattr(method, "to", lambda device: method)  # it is there, and cannot be moved like this
         engine = SingleEngine(method, engine_spec(accumulate))
         program = StepProgram(method, engine, accumulate, "step")

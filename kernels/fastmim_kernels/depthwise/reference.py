@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import autocast
+
 
 def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
     """See the public function."""
@@ -15,6 +17,7 @@ def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tenso
         whole = x.new_zeros(batch, h * w, s, s, width).scatter(1, index, x)
     image = whole.view(batch, h, w, s, s, width).permute(0, 5, 1, 3, 2, 4).reshape(batch, width, h * s, w * s)
     image = image.contiguous(memory_format=torch.channels_last)
-    image = F.conv2d(image, weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[2] // 2, groups=width)
+    with autocast.disabled(x.device):
+        image = F.conv2d(image, weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[2] // 2, groups=width)
     out = image.view(batch, width, h, s, w, s).permute(0, 2, 4, 3, 5, 1).reshape(batch, h * w, s, s, width)
     return out if ids is None else out.gather(1, index)

@@ -86,10 +86,10 @@ def shift_flip_jitter(
         if max_blur_sigma > MAX_SIGMA:
             raise fail("max_blur_sigma", f"at most {MAX_SIGMA} pixels", max_blur_sigma, "blur less")
     check_float_dtype(dtype)
-    if images.is_meta:
-        # Its reference looks at values.
-        return allocate(images, size, dtype)
     if dispatch.uses_reference("views", images.device, images, dtype):
+        if images.is_meta:
+            # Its reference looks at values.
+            return allocate(images, size, dtype)
         return dispatch.reference("views").shift_flip_jitter(
             images, size=size, offset=offset, flip=flip, jitter=jitter, grey=grey, blur_sigma=blur_sigma,
             max_blur_sigma=max_blur_sigma, mean=mean, std=std, dtype=dtype,
