@@ -287,13 +287,16 @@ def run_with_little_shared_memory(*argv: str) -> None:
 def test_full_shared_memory_is_one_line_and_the_run_goes_on_when_there_is_room(images, server, straight, tmp_path):
     argv = arguments(images, tmp_path / "run", "--workers", "1", "--resume", "auto")
     call = ["--call", "test_faults", "run_with_little_shared_memory", *argv]
-    job = server.start(call, tmp_path / "log", FASTMIM_FAULT="step:ema:sleep=0.5@1+")
+    job = server.start(call, tmp_path / "log", FASTMIM_FAULT="step:ema:sleep=0.2@1+")
     wait_for("step 1/", job, permitted=True)
-    try:
-        # The job's own /dev/shm, seen from here.
-        Path(f"/proc/{job.pids[0]}/root/dev/shm/filler").write_bytes(bytes(1 << 20))
-    except OSError as e:
-        assert e.errno == errno.ENOSPC
+    # The job's own /dev/shm, seen from here. What a batch gives back is taken, too, or the next one would fit there.
+    with open(f"/proc/{job.pids[0]}/root/dev/shm/filler", "wb", buffering=0) as filler:
+        while job.is_running():
+            try:
+                filler.write(bytes(4096))
+            except OSError as e:
+                assert e.errno == errno.ENOSPC
+                time.sleep(0.001)
     # A worker that cannot hand over its answer dies, or says so to nobody and is silent.
     assert job.wait() == [4], job.said()
     assert "error: workers: expected at most 0 for the free space of /dev/shm, got 1" in job.said(), job.said()
