@@ -40,7 +40,7 @@ from every GPU (ZeRO, arXiv 1910.02054, section 7).
 | zero 3 | 3 k: parameters gathered twice, gradients scattered | all computing | 16 / n, and 4 while gathered (at most 10^9 parameters) |
 
 DeepSpeed reduces the gradients of stages 1 and 2 to all ranks by default (`use_multi_rank_bucket_allreduce`); without it
-they would send one time 4 P less. Its stages also hold a bucket of 2 GB.
+they would send one time 4 P less. Its stages also hold a bucket of 4 P bytes, at most 2 GB.
 
 - Time of a step = computing + AdamW (28 bytes per parameter at {copy:.1f} TB/s, sharded by ZeRO) + what is not hidden.
 - Communication = bytes / (0.8 x the slower of NVLink and the node's network cards together) + 7 us x log2 n per collective
