@@ -61,6 +61,16 @@ def test_float32_is_torchs_own(backend):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_result_without_gradients_is_that_with_them(backend, has_bias):
+    x, weight, bias, _ = tensors(5, 24, 12)
+    weight.requires_grad_()
+    bias = bias if has_bias else None
+    expected = linear(x, weight, bias)
+    with torch.no_grad():
+        assert torch.equal(linear(x, weight, bias), expected)
+
+
 def test_parts_that_need_no_gradient(backend):
     x, weight, bias, grad = tensors(40, 24, 12)
     weight.requires_grad_()

@@ -10,6 +10,9 @@ from ..registration import define, refuse_second_derivative
 
 __all__ = ["linear"]
 
+# What torch.compile makes of linear layers on CPUs; not in every build of torch.
+HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear(x, weight, bias)``; autocast applies to it.
@@ -37,17 +40,28 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not is_alike or tensor.device != x.device:
             got = f"{tensor.dtype} on {tensor.device}"
             raise fail(name, f"{x.dtype} on {x.device} like x", got, "convert it, or use autocast", TypeError)
-    dtype = product_dtype(x)
-    # Without a gradient for the weight there is nothing to win over torch's own.
-    is_fit = dtype == torch.bfloat16 and torch.is_grad_enabled() and weight.requires_grad and weight.numel()
+    dtype, has_grad = product_dtype(x), torch.is_grad_enabled()
+    # A gradient for x alone is torch's own affair.
+    is_fit = dtype == torch.bfloat16 and (weight.requires_grad or not has_grad) and weight.numel()
     if dispatch.uses_reference("dense", x.device, x, weight) or not is_fit:
         return dispatch.reference("dense").linear(x, weight, bias)
-    return Product.apply(x.to(dtype), weight, bias, weight.detach().to(dtype))
+    x, low = x.to(dtype), weight.detach().to(dtype)
+    return Product.apply(x, weight, bias, low) if has_grad else _forward(x, low, bias)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product of x is computed: autocast's, or its own."""
     return autocast.dtype(x.device) or x.dtype
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``F.linear`` of bfloat16 on a CPU. torch's own first fills the result with the bias, and then adds the product to
+    it: up to a sixth more time (3152 x 512 -> 2048: 6.6 against 5.6 ms on a core). oneDNN adds it as it writes."""
+    if bias is None:
+        return F.linear(x, weight)
+    if HAS_ONEDNN_LINEAR:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias.to(x.dtype), "none", [], "")
+    return F.linear(x, weight, bias.to(x.dtype))
 
 
 def allocate_backward(grad: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Tensor]:
@@ -72,7 +86,7 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
-        return F.linear(x, low, None if bias is None else bias.to(x.dtype))
+        return _forward(x, low, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
