@@ -11,6 +11,7 @@ namespace fastmim {
 #ifdef FASTMIM_HAS_TILES
 namespace {
 
+constexpr int64_t FEW = 16;  // queries at a time in the forward pass: their scores, and what they become, fit into level 1
 constexpr float LOG2_E = 1.44269504f;
 
 // Writes rows of floats (columns `stride` apart) as bfloat16, each times its factor.
@@ -54,9 +55,42 @@ inline __m512 exp2(__m512 x) {
   return _mm512_scalef_ps(y, whole);
 }
 
+// log2(x) of positive numbers, by the series of artanh around 1; to 1e-7 of the larger of 1 and the result.
+inline __m512 log2(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.0f), m = _mm512_getmant_ps(x, _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src);
+  // getexp gives the exponent of a fraction in [1, 2).
+  const __m512 e = _mm512_getexp_ps(x), whole = _mm512_mask_add_ps(e, _mm512_cmp_ps_mask(m, one, _CMP_LT_OQ), e, one);
+  const __m512 s = _mm512_div_ps(_mm512_sub_ps(m, one), _mm512_add_ps(m, one)), square = _mm512_mul_ps(s, s);
+  __m512 y = _mm512_set1_ps(1.0f / 9);
+  y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(1.0f / 7));
+  y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(1.0f / 5));
+  y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(1.0f / 3));
+  y = _mm512_fmadd_ps(y, square, one);
+  return _mm512_fmadd_ps(_mm512_mul_ps(y, s), _mm512_set1_ps(2 * LOG2_E), whole);
+}
+
 // The columns of a padded row that count.
 inline __mmask16 inside(int64_t length, int64_t j) {
   return static_cast<__mmask16>((uint32_t{1} << std::clamp<int64_t>(length - j, 0, 16)) - 1);
+}
+
+// c (16, n) = a (16, k) b (k, n); n, k multiples of 32. b in pairs of rows, as in `product`.
+inline void short_product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int64_t n, int64_t k, float* c) {
+  const size_t a_bytes = static_cast<size_t>(a_stride) * 2, b_bytes = static_cast<size_t>(n) * 4;
+  for (int64_t j = 0; j < n; j += BLOCK) {
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t p = 0; p < k; p += BLOCK) {
+      const bfloat16* right = b + (p / 2 * n + j) * PAIR;
+      _tile_loadd(4, a + p, a_bytes);
+      _tile_loadd(6, right, b_bytes);
+      _tile_loadd(7, right + 16 * PAIR, b_bytes);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    _tile_stored(0, c + j, b_bytes);
+    _tile_stored(1, c + j + 16, b_bytes);
+  }
 }
 
 // Sizes, and where things lie. Inputs and outputs: (batch, length, slots, heads, width).
@@ -91,6 +125,18 @@ int64_t room_for(const Shape& s) {
   return 12 * padded(n * d) + 4 * padded(BLOCK * n) + 2 * padded(n * n / 2 + 1) + 2 * padded(BLOCK * d);
 }
 
+// Asks for a row of the head that comes next, in all slots: the rows of a head lie far apart and would come one by one.
+// Called between other work. Past the last head it asks for nothing of use, which is no fault. Always inline: GCC drops
+// calls of functions that only prefetch.
+__attribute__((always_inline)) inline void prefetch_row(const Shape& s, const bfloat16* x, int64_t item, int64_t slots,
+                                                        int64_t row) {
+  if (row >= s.length) return;
+  const auto start = reinterpret_cast<uintptr_t>(x) + 2 * static_cast<uintptr_t>(s.at(item, slots, 0) + row * s.stride(slots));
+  for (int64_t slot = 0; slot < slots; ++slot)
+    for (int64_t j = 0; j < s.width; j += BLOCK)
+      _mm_prefetch(reinterpret_cast<const char*>(start + 2 * static_cast<uintptr_t>(slot * s.heads * s.width + j)), _MM_HINT_T0);
+}
+
 void forward_head(const Shape& s, const bfloat16* qkv, float scale, int64_t item, float* room, bfloat16* out, float* sums) {
   const int64_t n = s.rows(), d = s.columns(), stride = s.stride(3);
   Room cut(room);
@@ -103,27 +149,29 @@ void forward_head(const Shape& s, const bfloat16* qkv, float scale, int64_t item
   float *scores = cut.floats(BLOCK * n), *mixed = cut.floats(BLOCK * d);
   bfloat16* p = cut.halves(BLOCK * n);
   const __m512 factor = _mm512_set1_ps(scale * LOG2_E);
-  for (int64_t i = 0; i < s.length; i += BLOCK) {
-    product(q + i * d, d, k, n, BLOCK, n, d, scores, n);
-    float total[BLOCK];
-    for (int64_t r = 0; r < BLOCK; ++r) {
+  for (int64_t i = 0; i < s.length; i += FEW) {
+    short_product(q + i * d, d, k, n, d, scores);
+    alignas(64) float top[FEW], total[FEW];
+    for (int64_t r = 0; r < FEW; ++r) {
+      prefetch_row(s, qkv, item + 1, 3, i + r);
       const float* row = scores + r * n;
       __m512 most = _mm512_set1_ps(-__builtin_huge_valf());
       for (int64_t j = 0; j < s.length; j += 16)
         most = _mm512_mask_max_ps(most, inside(s.length, j), most, _mm512_mul_ps(_mm512_loadu_ps(row + j), factor));
-      const float top = _mm512_reduce_max_ps(most);
+      top[r] = _mm512_reduce_max_ps(most);
       __m512 sum = _mm512_setzero_ps();
       for (int64_t j = 0; j < n; j += 16) {
-        const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, _mm512_set1_ps(top));
+        const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, _mm512_set1_ps(top[r]));
         const __m512 e = _mm512_maskz_mov_ps(inside(s.length, j), exp2(x));
         sum = _mm512_add_ps(sum, e);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + r * n + j), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(e)));
       }
       total[r] = _mm512_reduce_add_ps(sum);
-      if (i + r < s.length) sums[item * s.length + i + r] = top + __builtin_log2f(total[r]);
     }
-    product(p, n, v, d, BLOCK, d, n, mixed, d);
-    for (int64_t r = 0; r < std::min(BLOCK, s.length - i); ++r)
+    const __m512 logs = _mm512_add_ps(_mm512_load_ps(top), log2(_mm512_load_ps(total)));
+    _mm512_mask_storeu_ps(sums + item * s.length + i, inside(s.length, i), logs);
+    short_product(p, n, v, d, n, mixed);
+    for (int64_t r = 0; r < std::min(FEW, s.length - i); ++r)
       write_row(mixed + r * d, 1 / total[r], s.width, out + s.at(item, 1, 0) + (i + r) * s.stride(1));
   }
 }
@@ -159,6 +207,8 @@ void backward_head(const Shape& s, const bfloat16* grad, const bfloat16* qkv, co
       for (int64_t t = 0; t < PAIR; ++t) {
         float *row = p + (r + t) * n, *slope = dp + (r + t) * n;
         const bool counts = i + r + t < s.length;
+        prefetch_row(s, qkv, item + 1, 3, i + r + t);
+        prefetch_row(s, grad, item + 1, 1, i + r + t);
         sum[t] = _mm512_set1_ps(counts ? sums[item * s.length + i + r + t] : 0);
         along[t] = _mm512_setzero_ps();
         for (int64_t j = 0; j < n; j += 16) {
