@@ -105,12 +105,17 @@ def page(op: str) -> str:
     schemas = [str(getattr(torch.ops.fastmim, n).default._schema) for n in registered(module)]
     if schemas:
         lines += ["Registered with torch.library:", "", "```", *schemas, "```", ""]
-    lines += ["## Memory", "", memory, ""]
+    lines += ["## Memory", "", f"What is kept, or held meanwhile: {memory}", ""]
     small, large = cases.load(op)
-    lines += ["## Numerics", "", CASES, "", *(f"- {c.function} {c.name}, at most {c.tolerance:.3g}" for c in small), ""]
+    lines += ["## Numerics", "", CASES, "", *(f"- {c.function} {c.name}, {bound(c)}" for c in small), ""]
     lines += ["## Speed", "", *speed({c.function for c in large})]
     lines += compiled(op)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def bound(case: cases.Case) -> str:
+    """The largest error allowed, in words."""
+    return f"at most {case.tolerance:.3g}" if case.tolerance else "bit for bit"
 
 
 def signature(function) -> str:

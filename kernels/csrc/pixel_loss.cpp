@@ -77,8 +77,9 @@ static Status masked_pixel_loss(const void* pixels, const int64_t* shape, const 
           const auto run = [&, mean = mean, factor = factor](auto constant) {
             constexpr int KIND = decltype(constant)::value;
             if (losses) losses[i] = patch_loss<KIND>(row, target, mean, factor, n);
-            T* slopes = static_cast<T*>(gradient) + i * n;
-            if (gradient) patch_gradient<KIND>(row, target, mean, factor, static_cast<float>(weight), n, slopes);
+            if (gradient)
+              patch_gradient<KIND>(row, target, mean, factor, static_cast<float>(weight), n,
+                                   static_cast<T*>(gradient) + i * n);
           };
           if (kind == MSE) run(std::integral_constant<int, MSE>());
           if (kind == L1) run(std::integral_constant<int, L1>());

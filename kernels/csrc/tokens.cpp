@@ -38,6 +38,7 @@ inline void accumulate(const T* p, int64_t n, float* sum) {
 static Status gather_tokens(const void* x, int64_t stride_b, int64_t stride_l, const int64_t* ids, int64_t batch,
                             int64_t count, int64_t keep, int64_t bytes, void* out, int64_t threads) {
   if (const Status status = check_ids(ids, batch * keep, count)) return status;
+  if (bytes == 0) return OK;
   expect_writes(out, batch * keep * bytes);
   parallel_for(batch * keep, rows_per_worker(bytes), threads, [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t i = begin; i < end; ++i) {
@@ -52,6 +53,7 @@ static Status gather_tokens(const void* x, int64_t stride_b, int64_t stride_l, c
 static Status scatter_tokens(const void* grad, const int64_t* ids, int64_t batch, int64_t count, int64_t keep,
                              int64_t width, int64_t dtype, void* out, int64_t threads) {
   if (const Status status = check_ids(ids, batch * keep, count)) return status;
+  if (width == 0) return OK;
   // owner[b * L + l] = the first row of grad that goes there, or -1; next[row] = a later one for the same place.
   std::vector<int64_t> owner(static_cast<size_t>(batch * count), -1), next(static_cast<size_t>(batch * keep), -1);
   for (int64_t i = batch * keep - 1; i >= 0; --i) {
@@ -127,6 +129,7 @@ static Status restore_tokens_backward(const void* grad, int64_t from, const int6
                                       int64_t count, int64_t keep, int64_t prefix, int64_t width, void* for_x,
                                       int64_t to, float* for_mask, float* for_pos, int64_t threads) {
   if (const Status status = check_ids(ids_restore, batch * count, count)) return status;
+  if (width == 0) return OK;
   return with_float(from, [&](auto element) {
     return with_float(to, [&](auto result) {
       using From = decltype(element);
@@ -141,14 +144,13 @@ static Status restore_tokens_backward(const void* grad, int64_t from, const int6
         for (int64_t b = begin; b < end; ++b) {
           float* sum = sums.at(b * room);
           std::fill_n(sum, width, 0.0f);
-          To* to_x = static_cast<To*>(for_x) + b * (prefix + keep) * width;
           for (int64_t t = 0; t < rows; ++t) {
             const From* row = g + (b * rows + t) * width;
             const int64_t place = t < prefix ? t : prefix + ids_restore[b * count + t - prefix];
             if (place >= prefix + keep) {
               if (for_mask) accumulate(row, width, sum);
             } else if (for_x) {
-              convert(row, width, to_x + place * width);
+              convert(row, width, static_cast<To*>(for_x) + (b * (prefix + keep) + place) * width);
             }
           }
         }

@@ -115,7 +115,8 @@ void convolve(const float* p, int64_t step, const float* taps, int64_t radius, i
   }
 }
 
-// Both directions of one plane; `scratch` has room for (h + 2 * radius) * (w + 2 * radius) floats.
+// Both directions of one plane; `scratch` has room for a plane with `radius` more rows above and below, and for one row
+// with as many more pixels on either side.
 void blur(float* plane, int64_t h, int64_t w, const float* taps, int64_t radius, float* scratch) {
   float* line = scratch + (h + 2 * radius) * w;
   for (int64_t y = 0; y < h; ++y) {
@@ -167,7 +168,7 @@ static Status shift_flip_jitter(const void* pixels, const int64_t* shape, const 
   const int64_t n = images.h * images.w, values = images.channels * n;
   const bool is_color = images.channels == 3;
   // Beside the image: room for one plane, with borders and taps where there is blur.
-  const int64_t border = sigma ? radius : 0, spare_size = (images.h + 2 * border) * (images.w + 2 * border);
+  const int64_t border = sigma ? radius : 0, spare_size = (images.h + 2 * border + 1) * images.w + 2 * border;
   const int64_t room = padded(values) + padded(spare_size + border + 1);
   Floats scratch(room * std::max<int64_t>(1, threads));
   return with_pixel(images.dtype, [&](auto pixel) {

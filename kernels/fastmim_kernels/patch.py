@@ -8,6 +8,7 @@ fused.
 """
 
 import copy
+import functools
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,14 +19,13 @@ from torch import Tensor, nn
 
 from .gather import gather_tokens
 from .layer_norm import add_layer_norm
-from .nn import linear_gelu, project_patches
+from .nn import is_observed, linear_gelu, project_patches
 from .pixel_loss import masked_pixel_loss
 
 __all__ = ["Entry", "Report", "apply", "remove"]
 
 # In the __dict__ of a module: the names of the methods that were replaced.
 MARK = "_fastmim_replaced"
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # Largest difference in float64, in units of max(1, |original|): rounding of another order of summation.
 TOLERANCE = 1e-9
 
@@ -71,7 +71,7 @@ class Candidate(NamedTuple):
     method: str  # the name of the method to replace
     replacement: Callable[..., object] | None  # the new method; None if there is none
     reason: str = ""  # why there is none
-    bypassed: tuple[nn.Module, ...] = ()  # modules that the new method does not call
+    bypassed: tuple[str, ...] = ()  # names of children that the new method does not call
     probe: tuple[int, ...] = ()  # shape of the input for the comparison; (): no comparison
 
 
@@ -109,7 +109,7 @@ def apply(
                 reason = obstacle(module, candidate)
                 report.entries.append(Entry(path, candidate.part, reason))
                 if not reason and not dry_run:
-                    replace(module, candidate.method, candidate.replacement)
+                    replace(module, candidate)
     return report
 
 
@@ -132,8 +132,19 @@ def is_unpickled(module: nn.Module) -> bool:
     return any(getattr(module.__dict__.get(m), "__func__", None) is getattr(type(module), m) for m in methods)
 
 
-def replace(module: nn.Module, method: str, replacement: Callable[..., object]) -> None:
-    module.__dict__[method] = types.MethodType(replacement, module)
+def replace(module: nn.Module, candidate: Candidate) -> None:
+    method, replacement = candidate.method, candidate.replacement
+    kinds = {name: type(getattr(module, name)) for name in candidate.bypassed}
+
+    # Of the same name: pickle looks a method up by it.
+    @functools.wraps(replacement)
+    def guarded(self, *args: object, **kwargs: object) -> object:
+        # Hooks that came later are called, and adapters that took a child's place (LoRA) are used.
+        if any(type(child := getattr(self, name)) is not kind or is_observed(child) for name, kind in kinds.items()):
+            return original(self, method)(*args, **kwargs)
+        return replacement(self, *args, **kwargs)
+
+    module.__dict__[method] = types.MethodType(guarded if kinds else replacement, module)
     module.__dict__.setdefault(MARK, []).append(method)
 
 
@@ -150,7 +161,8 @@ def obstacle(module: nn.Module, candidate: Candidate) -> str:
         return "is replaced already"
     if candidate.method in module.__dict__:
         return f"its {candidate.method} was replaced by somebody else"
-    hooked = [type(m).__name__ for m in candidate.bypassed if any(getattr(m, hooks, None) for hooks in HOOKS)]
+    bypassed = [getattr(module, name) for name in candidate.bypassed]
+    hooked = [type(child).__name__ for child in bypassed if is_observed(child)]
     if hooked:
         return f"{hooked[0]} in it has a hook, which would not be called"
     return difference(module, candidate) if candidate.probe else ""
@@ -244,9 +256,7 @@ def find_mlp(module: nn.Module) -> Candidate | None:
             x = getattr(self, name)(x)
         return x
 
-    linear = children[first]
-    bypassed = (linear, children[activation])
-    return Candidate("mlp", "forward", forward, bypassed=bypassed, probe=(3, linear.in_features))
+    return Candidate("mlp", "forward", forward, bypassed=(first, activation), probe=(3, children[first].in_features))
 
 
 def find_feed_forward(module: nn.Module) -> Candidate | None:
@@ -260,7 +270,7 @@ def find_feed_forward(module: nn.Module) -> Candidate | None:
         return self.dropout2(self.linear2(self.dropout(hidden)))
 
     probe = (1, 3, module.linear1.in_features)
-    return Candidate("mlp", "_ff_block", _ff_block, bypassed=(module.linear1,), probe=probe)
+    return Candidate("mlp", "_ff_block", _ff_block, bypassed=("linear1",), probe=probe)
 
 
 class Seam(NamedTuple):
@@ -323,7 +333,7 @@ def find_block(module: nn.Module) -> Candidate | None:
             y = getattr(self, name)(y)
         return x + y
 
-    bypassed = tuple(children[name] for name in (seam.scale, seam.drop_path, seam.norm2) if name)
+    bypassed = tuple(name for name in (seam.scale, seam.drop_path, seam.norm2) if name)
     return Candidate("block", "forward", forward, bypassed=bypassed, probe=(1, 3, norm.normalized_shape[0]))
 
 

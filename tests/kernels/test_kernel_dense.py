@@ -3,6 +3,7 @@
 import pytest
 import torch
 from fastmim_kernels import dispatch, linear
+from fastmim_kernels.dense import rounded_weights
 from torch.nn import functional as F
 
 BACKENDS = ["reference", *(["native"] if not dispatch.load("dense", "native") else [])]
@@ -69,6 +70,23 @@ def test_result_without_gradients_is_that_with_them(backend, has_bias):
     expected = linear(x, weight, bias)
     with torch.no_grad():
         assert torch.equal(linear(x, weight, bias), expected)
+
+
+def test_rounded_weights_are_taken_for_the_weights_product(backend):
+    """A copy that differs shows that it was taken; the gradient is the weight's all the same."""
+    x, weight, bias, grad = tensors(5, 24, 12)
+    weight = weight.float().requires_grad_()
+    with rounded_weights({weight: 2 * weight.detach().bfloat16()}), torch.autocast("cpu", torch.bfloat16):
+        doubled = linear(x, weight, bias)
+        other = linear(x, weight.detach().clone().requires_grad_(), bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = linear(x, weight, bias)
+    assert torch.equal(other, plain)
+    assert (
+        error(doubled, ((2 if backend == "native" else 1) * weight.double() @ x.double().T).T + bias.double()) <= 4e-3
+    )
+    doubled.backward(grad)
+    assert error(weight.grad, grad.double().T @ x.double()) <= 4e-3
 
 
 def test_parts_that_need_no_gradient(backend):

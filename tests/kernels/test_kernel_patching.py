@@ -1,17 +1,13 @@
-"""Drop-in modules, and replacements in models of other libraries: same results and gradients, and no trace after."""
+"""Replacements in models of other libraries' make: same results and gradients, and no trace after."""
 
 import copy
-import importlib
 import pickle
-import re
-import sys
 
-import fastmim_kernels
 import pytest
 import torch
-import torch.nn.functional as F
-from fastmim_kernels import functional, patch
 from fastmim_kernels import nn as fnn
+from fastmim_kernels import patch
+from parity import PARTS, assert_parity, images
 from torch import Tensor, nn
 
 
@@ -83,36 +79,6 @@ class MaskedAutoencoder(nn.Module):
         target = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6) ** 0.5
         return ((((pred - target) ** 2).mean(-1)) * mask).sum() / mask.sum()
-
-
-def images(batch: int = 2, side: int = 12) -> Tensor:
-    return torch.randn((batch, 3, side, side), generator=torch.Generator().manual_seed(1))
-
-
-def result_and_gradients(model: nn.Module, *inputs: Tensor) -> list[Tensor]:
-    torch.manual_seed(5)
-    out = model(*inputs)
-    weights = torch.linspace(-1, 1, out.numel()).view_as(out)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad((out * weights).sum(), parameters, allow_unused=True)
-    return [out.detach(), torch.rand(1), *(g for g in gradients if g is not None)]
-
-
-def assert_parity(model: nn.Module, *inputs: Tensor, parts: set[str]) -> patch.Report:
-    """Same results and gradients while replaced, same bits afterwards."""
-    before = result_and_gradients(model, *inputs)
-    keys, attributes = list(model.state_dict()), [set(m.__dict__) for m in model.modules()]
-    with patch.apply(model) as report:
-        assert {entry.part for entry in report.replaced} == parts, str(report)
-        assert list(model.state_dict()) == keys
-        for a, b in zip(result_and_gradients(model, *inputs), before, strict=True):
-            assert (a - b).abs().max() <= 1e-5 * max(1, b.abs().max())
-    assert [set(m.__dict__) for m in model.modules()] == attributes
-    assert all(torch.equal(a, b) for a, b in zip(result_and_gradients(model, *inputs), before, strict=True))
-    return report
-
-
-PARTS = {"layer_norm", "mlp", "patch_embed", "block"}
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -192,6 +158,25 @@ def test_hooks_that_would_be_bypassed_prevent_the_replacement():
     seen.clear()
     model(images())
     assert seen == ["fc1", "norm2"]
+
+
+def test_hooks_and_layers_that_come_later_are_called():
+    class Adapted(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    model, seen = ViT().eval(), []
+    patch.apply(model)
+    model.blocks[0].mlp.fc1.register_forward_hook(lambda *args: seen.append("fc1"))
+    model.blocks[1].norm2.register_forward_hook(lambda *args: seen.append("norm2"))
+    model(images())
+    assert seen == ["fc1", "norm2"]
+    adapted = Adapted(12, 36)
+    adapted.load_state_dict(model.blocks[1].mlp.fc1.state_dict())
+    model.blocks[1].mlp.fc1 = adapted
+    out = model(images())
+    patch.remove(model)
+    assert torch.allclose(model(images()), out, atol=1e-5)
 
 
 def test_method_replaced_by_somebody_else_is_kept():
@@ -314,126 +299,3 @@ def test_transformer_encoder_of_torch():
         )
         model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         assert_parity(model.train(), torch.randn(2, 5, 8), parts={"layer_norm", "mlp"})
-
-
-def peer(name: str):
-    """A library that is not needed, skipped with the reason where it is absent or broken."""
-    # torchvision built for CUDA does not load its ops beside a torch without; the models need none of them.
-    for _ in range(3):
-        try:
-            return importlib.import_module(name)
-        except Exception as e:
-            missing = re.search(r"operator (torchvision::\w+) does not exist", str(e))
-            if missing is None:
-                pytest.skip(f"{name} does not import: {e}")
-            torch.library.define(missing[1], "() -> ()")
-            for module in [m for m in sys.modules if m.split(".")[0] in ("torchvision", "timm")]:
-                del sys.modules[module]
-    pytest.skip(f"{name} does not import")
-
-
-def test_timm_vision_transformer():
-    timm = peer("timm")
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, init_values=0.1, drop_path_rate=0.3)
-    assert_parity(model.train(), images(side=32), parts=PARTS)
-
-
-def test_transformers_vit_and_vitmae_and_dinov2():
-    peer("torchvision")
-    library = peer("transformers")
-    sizes = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=12)
-    torch.manual_seed(0)
-
-    class Wrapped(nn.Module):
-        def __init__(self, model: nn.Module, output: str):
-            super().__init__()
-            self.model, self.output = model, output
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.model(x)[self.output]
-
-    decoder = dict(decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2)
-    mae = library.ViTMAEForPreTraining(library.ViTMAEConfig(**sizes, **decoder, patch_size=4, norm_pix_loss=True))
-    report = assert_parity(Wrapped(mae, "loss"), images(), parts=PARTS)
-    assert [entry.part for entry in report.skipped] in ([], ["loss"])
-    for config, model in ((library.ViTConfig, library.ViTModel), (library.Dinov2Config, library.Dinov2Model)):
-        assert_parity(Wrapped(model(config(**sizes, patch_size=4)), "last_hidden_state"), images(), parts=PARTS)
-
-
-def test_torchvision_vision_transformer():
-    peer("torchvision")
-    from torchvision.models import VisionTransformer
-
-    torch.manual_seed(0)
-    model = VisionTransformer(image_size=12, patch_size=4, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16)
-    nn.init.normal_(model.heads.head.weight)
-    assert_parity(model.train(), images(), parts=PARTS)
-
-
-def test_layer_norm_and_add_layer_norm_modules():
-    torch.manual_seed(0)
-    theirs, ours, both = nn.LayerNorm(10), fnn.LayerNorm(10), fnn.AddLayerNorm(10)
-    nn.init.normal_(theirs.weight)
-    for module in (ours, both):
-        module.load_state_dict(theirs.state_dict())
-    x, stream = torch.randn(2, 3, 10), torch.randn(2, 3, 10)
-    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
-    assert torch.allclose(fnn.LayerNorm((3, 10))(x), nn.LayerNorm((3, 10))(x))
-    y, h = both(x, stream)
-    assert torch.equal(h, x + stream) and torch.allclose(y, theirs(x + stream), atol=1e-6)
-
-
-def test_mlp_module():
-    torch.manual_seed(0)
-    ours, theirs = fnn.Mlp(6, 14, 5), nn.Sequential(nn.Linear(6, 14), nn.GELU(), nn.Linear(14, 5))
-    renamed = {"fc1": theirs[0], "fc2": theirs[2]}
-    ours.load_state_dict({f"{n}.{k}": v for n, m in renamed.items() for k, v in m.state_dict().items()})
-    x = torch.randn(3, 6)
-    assert torch.allclose(ours(x), theirs(x), atol=1e-6)
-    assert set(dict(fnn.Mlp(4, norm_layer=nn.LayerNorm).named_parameters())) > {"norm.weight", "norm.bias"}
-
-
-def test_attention_module():
-    torch.manual_seed(0)
-    module = fnn.Attention(12, 3, qkv_bias=True, qk_norm=True)
-    assert {"qkv.weight", "qkv.bias", "q_norm.weight", "proj.weight"} <= set(module.state_dict())
-    plain, sparse = fnn.Attention(12, 3), fnn.Attention(12, 3, topk=4, num_prefix=1)
-    sparse.load_state_dict(plain.state_dict())
-    x = torch.randn(2, 5, 12)
-    q, k, v = plain.qkv(x).view(2, 5, 3, 3, 4).permute(2, 0, 3, 1, 4)
-    expected = plain.proj(((q @ k.mT) / 2).softmax(-1).matmul(v).transpose(1, 2).reshape(2, 5, 12))
-    assert torch.allclose(plain(x), expected, atol=1e-6)
-    # All 4 patches are kept: plain attention.
-    assert torch.allclose(sparse(x), expected, atol=1e-6)
-    with pytest.raises(ValueError, match=r"dim: expected a multiple of num_heads = 5, got 12"):
-        fnn.Attention(12, 5)
-
-
-def test_patch_embed_module_embeds_all_or_chosen_patches():
-    torch.manual_seed(0)
-    module = fnn.PatchEmbed(12, 4, 3, 7)
-    x = images()
-    expected = F.conv2d(x, module.proj.weight, module.proj.bias, stride=4).flatten(2).transpose(1, 2)
-    assert torch.allclose(module(x), expected, atol=1e-5)
-    ids = torch.tensor([[3, 0], [8, 1]])
-    assert torch.allclose(module(x, ids), expected[torch.arange(2)[:, None], ids], atol=1e-5)
-    pixels = torch.randint(0, 256, (2, 3, 12, 12), dtype=torch.uint8)
-    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-    scaled = (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    assert torch.allclose(module(pixels, mean=mean, std=std), module(scaled), atol=1e-5)
-    with pytest.raises(ValueError, match=r"x: expected images of \(12, 12\) pixels, got \(8, 12\)"):
-        module(x[:, :, :8])
-    with torch.autocast("cpu", torch.bfloat16):
-        assert module(x).dtype == torch.bfloat16
-
-
-def test_functional_has_every_op_and_the_signatures_of_torch():
-    names = {name for name in fastmim_kernels.__all__ if name[0].islower()} - {"backends", "chosen", "states"}
-    assert names <= set(functional.__all__)
-    assert all(getattr(functional, name) is getattr(fastmim_kernels, name) for name in names)
-    x, weight, bias = torch.randn(3, 4, 10), torch.rand(10), torch.rand(10)
-    for arguments in (((10,),), ((10,), weight), ((10,), weight, bias, 1e-3), ((4, 10),)):
-        torch.testing.assert_close(functional.layer_norm(x, *arguments), F.layer_norm(x, *arguments))
-    for approximate in ("none", "tanh"):
-        torch.testing.assert_close(functional.gelu(x, approximate=approximate), F.gelu(x, approximate=approximate))

@@ -196,6 +196,14 @@ def test_blur_equals_direct_convolution(sigma, size):
     )
 
 
+def test_blur_of_a_small_radius_on_wide_low_images():
+    """A row with its borders is then longer than all the borders of the plane, which have the room beside it."""
+    images = random_images(1, 3, 2, 60)
+    got = fk.shift_flip_jitter(images, size=(2, 60), blur_sigma=torch.tensor([0.3]), max_blur_sigma=0.3)
+    expected = torch.tensor(slow_blur(images[0].double().numpy() / 255, 0.3, 1))
+    torch.testing.assert_close(got[0].double(), expected, atol=1e-6, rtol=0)
+
+
 def test_blur_keeps_flat_images_and_sigma_0_keeps_all():
     flat = torch.full((2, 3, 8, 8), 77, dtype=torch.uint8)
     torch.testing.assert_close(fk.shift_flip_jitter(flat, size=(8, 8), blur_sigma=torch.tensor([0.5, 2.0])), flat / 255)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_number, check_scalar, check_tensor, check_tensors, check_written, fail, is_float
+from ..checks import check_number, check_scalar, check_tensor, check_tensors, check_written, describe, fail, is_float
 from ..registration import define
 
 __all__ = ["adamw_ema"]
@@ -26,11 +26,12 @@ def adamw_ema(
     lr: Number,
     betas: tuple[float, float] = (0.9, 0.95),
     eps: float = 1e-8,
-    weight_decay: float = 0.05,
+    weight_decay: float | Sequence[float] = 0.05,
     grad_scale: Number = 1.0,
     targets: Some = None,
     momentum: Number | None = None,
     copies: Some = None,
+    applied: Tensor | None = None,
 ) -> None:
     """Update parameters, both moments, moving averages and low-precision copies, in place and with no gradient.
 
@@ -43,11 +44,13 @@ def adamw_ema(
         grads: as many of the same shapes, any floating dtype.
         step: t, from 1. step, lr, grad_scale and momentum may be 0-dimensional tensors on the device of the parameters,
             so that a captured CUDA graph follows them.
-        betas, eps, weight_decay: of AdamW.
+        betas, eps, weight_decay: of AdamW; the decay for all, or one number per parameter.
         grad_scale: factor of all gradients: min(1, largest norm / norm) clips.
         targets: float32 (or float64) moving averages, None for a parameter without one, or None for none at all.
         momentum: of the moving averages, in [0, 1].
         copies: tensors of any floating dtype that receive the rounded parameter, None for a parameter without one.
+        applied: 0-dimensional tensor on the device of the parameters; 0 or False: nothing is changed, whatever the
+            gradients hold. None: as True.
 
     Raises: ValueError for lists, shapes or devices that do not fit and numbers out of range; TypeError for dtypes.
     Source: Loshchilov, Hutter, arXiv 1711.05101; He et al., "MoCo", arXiv 1911.05722, eq. 2. Default betas and weight
@@ -59,47 +62,55 @@ def adamw_ema(
     _check(params, grads, exp_avgs, exp_avg_sqs, targets, copies)
     if not params:
         return
+    decays = list(weight_decay) if isinstance(weight_decay, (list, tuple)) else [weight_decay] * len(params)
     has_targets = any(t is not None for t in targets)
-    _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, has_targets, params[0].device)
-    # A call per kind of tensors: gradients and copies of one dtype; with target or without.
+    _check_numbers(
+        step, lr, betas, eps, decays, grad_scale, momentum, applied, has_targets, len(params), params[0].device
+    )
+    # A call per kind of tensors. What has no copy goes along with what has one.
+    kinds = {copy.dtype for copy in copies if copy is not None}
     groups = defaultdict(list)
-    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, targets, copies, strict=True):
-        param, grad, _, _, target, copy = tensors
-        groups[param.dtype, grad.dtype, target is not None, None if copy is None else copy.dtype].append(tensors)
-    numbers = (lr, betas, eps, weight_decay, grad_scale, momentum)
+    for tensors in zip(params, grads, exp_avgs, exp_avg_sqs, targets, copies, decays, strict=True):
+        param, grad, *_, copy, _ = tensors
+        alone = next(iter(kinds)) if len(kinds) == 1 else None
+        groups[param.dtype, grad.dtype, alone if copy is None else copy.dtype].append(tensors)
+    numbers = (lr, betas, eps, grad_scale, momentum, applied)
     with torch.no_grad():
-        for (dtype, *_), group in groups.items():
-            lists = [[t for t in column if t is not None] for column in zip(*group, strict=True)]
+        for (dtype, _, copy_dtype), group in groups.items():
+            *lists, group_decays = map(list, zip(*group, strict=True))
             device = lists[0][0].device
-            if dtype == torch.float64 or dispatch.uses_reference("adamw", device, *lists[1][:1], *lists[5][:1]):
-                dispatch.reference("adamw").update(*lists, step, *numbers)
+            if dtype == torch.float64 or dispatch.uses_reference("adamw", device, lists[1][0], copy_dtype):
+                dispatch.reference("adamw").update(*lists, group_decays, step, *numbers)
             else:
-                ADAMW(*lists, step_numbers(step, *numbers, device))
+                for column, kind in zip(lists[4:], (dtype, copy_dtype or dtype)):
+                    # Where a parameter has no target, or no copy, stands an empty tensor.
+                    none = torch.empty(0, dtype=kind, device=device)
+                    column[:] = (none if t is None else t for t in column)
+                ADAMW(*lists, step_numbers(step, *numbers, device), group_decays)
 
 
-def step_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, device: torch.device) -> Tensor:
-    """(8,) float64 on ``device``: decay, grad_scale, beta1, beta2, lr / (1 - b1**t), 1 / sqrt(1 - b2**t), eps, 1 - momentum."""
+def step_numbers(step, lr, betas, eps, grad_scale, momentum, applied, device: torch.device) -> Tensor:
+    """(9,) float64 on ``device``: lr, grad_scale, beta1, beta2, lr / (1 - b1**t), 1 / sqrt(1 - b2**t), eps, 1 - momentum,
+    applied."""
+    constant = torch.tensor if device.type == "cpu" else _filled
 
     def number(value: Number) -> Tensor:
-        # As a fill: a CUDA graph cannot capture a copy from the host.
         if isinstance(value, Tensor):
             return value.double()
-        return torch.full((), value, dtype=torch.float64, device=device)
+        return constant(float(value), dtype=torch.float64, device=device)
 
     step, lr = number(step), number(lr)
     corrections = lr / (1 - betas[0] ** step), (1 - betas[1] ** step).rsqrt()
     share = 1 - number(1.0 if momentum is None else momentum)
+    known = (number(n) for n in betas)
     return torch.stack(
-        [
-            1 - lr * weight_decay,
-            number(grad_scale),
-            number(betas[0]),
-            number(betas[1]),
-            *corrections,
-            number(eps),
-            share,
-        ]
+        [lr, number(grad_scale), *known, *corrections, number(eps), share, number(True if applied is None else applied)]
     )
+
+
+def _filled(value: float, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As a fill: a CUDA graph cannot capture a copy from the host."""
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _some(name: str, tensors: Some, count: int) -> list[Tensor | None]:
@@ -136,19 +147,25 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, targets, copies) -> None:
                 raise fail(what, f"{p.dtype} like params[{i}]", t.dtype, "keep moments and averages in it", TypeError)
 
 
-def _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, has_targets: bool, device) -> None:
+def _check_numbers(step, lr, betas, eps, decays, grad_scale, momentum, applied, has_targets, count, device) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise fail("betas", "two numbers in [0, 1)", repr(betas), "pass a tuple of two", TypeError)
-    for name, value in (("eps", eps), ("weight_decay", weight_decay), ("betas", betas[0]), ("betas", betas[1])):
+    if len(decays) != count:
+        raise fail("weight_decay", f"a number, or {count} of them", len(decays), "give one for each parameter")
+    decays = set(decays)
+    for name, value in (("eps", eps), ("betas", betas[0]), ("betas", betas[1]), *(("weight_decay", d) for d in decays)):
         check_number(name, value)
     for name, value in (("step", step), ("lr", lr), ("grad_scale", grad_scale), ("momentum", momentum)):
         if value is not None or name != "momentum":
             check_scalar(name, value, device)
+    if applied is not None and not (isinstance(applied, Tensor) and applied.ndim == 0 and applied.device == device):
+        raise fail("applied", f"a 0-dimensional tensor on {device}, or None", describe(applied), "pass one", TypeError)
     if not isinstance(step, Tensor) and not 1 <= step < float("inf"):
         raise fail("step", "the number of this step, from 1", step, "count before the call")
     if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1):
         raise fail("betas", "two numbers in [0, 1)", betas, "correct betas")
-    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay), ("grad_scale", grad_scale)):
+    sizes = (("lr", lr), ("eps", eps), ("grad_scale", grad_scale), *(("weight_decay", d) for d in decays))
+    for name, value in sizes:
         if not isinstance(value, Tensor) and not 0 <= value < float("inf"):
             raise fail(name, "a finite number, 0 or more", value, f"correct {name}")
     if has_targets and momentum is None:
@@ -160,6 +177,6 @@ def _check_numbers(step, lr, betas, eps, weight_decay, grad_scale, momentum, has
 ADAMW = define(
     "adamw",
     "adamw_ema(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
-    " Tensor(d!)[] targets, Tensor(e!)[] copies, Tensor numbers) -> ()",
+    " Tensor(d!)[] targets, Tensor(e!)[] copies, Tensor numbers, float[] weight_decays) -> ()",
     lambda *arguments: None,
 )

@@ -18,19 +18,20 @@ def adamw_ema(
     targets: Sequence[Tensor],
     copies: Sequence[Tensor],
     numbers: Tensor,
+    weight_decays: Sequence[float],
 ) -> None:
     """Tensors whose values do not lie alike in memory, without gaps, are updated as contiguous copies."""
     kept = [params, exp_avgs, exp_avg_sqs, targets, copies]
     dense = [[t.contiguous() for t in tensors] for tensors in kept]
     grads = [g.contiguous() for g in grads]
-    lists = [dense[0], grads, *dense[1:]]
-    addresses = [native_library.integers(*(t.data_ptr() for t in ts)) if ts else None for ts in lists]
-    kinds = [
-        native_library.DTYPES[ts[0].dtype] if ts else native_library.DTYPES[torch.float32] for ts in (grads, copies)
-    ]
+    # An empty tensor has the address 0.
+    addresses = [native_library.integers(*(t.data_ptr() for t in ts)) for ts in (dense[0], grads, *dense[1:])]
+    lr, *rest = numbers.tolist()
+    decays = torch.tensor([1 - lr * d for d in weight_decays], dtype=torch.float64)
     _adamw_ema(
-        addresses[0], addresses[1], kinds[0], addresses[2], addresses[3], addresses[4], addresses[5], kinds[1],
-        native_library.integers(*(p.numel() for p in params)), len(params), *numbers.tolist(), torch.get_num_threads(),
+        addresses[0], addresses[1], native_library.DTYPES[grads[0].dtype], *addresses[2:],
+        native_library.DTYPES[copies[0].dtype], native_library.integers(*(p.numel() for p in params)), decays,
+        len(params), *rest, torch.get_num_threads(),
     )  # fmt: skip
     for tensors, written in zip(kept, dense, strict=True):
         for tensor, copy in zip(tensors, written, strict=True):

@@ -16,6 +16,7 @@ def case(
     copy: torch.dtype | None = None,
     has_targets: bool = True,
     is_tensor: bool = False,
+    applied: bool | None = None,
 ) -> Case:
     def make(device: torch.device) -> Inputs:
         g = generator(17)
@@ -35,6 +36,11 @@ def case(
             named |= {"targets": [None, *draw()[1:]], "momentum": number(0.996)}
         if copy is not None:
             named["copies"] = [t.to(copy) for t in draw()]
+        if applied is not None:
+            # Beside it, what parameters may have of their own: a decay, and no copy.
+            named["applied"] = torch.tensor(applied, device=device)
+            named["weight_decay"] = [0.1 * (i % 3) for i in range(len(shapes))]
+            named["copies"][-1] = None
         return named
 
     count = sum(torch.Size(shape).numel() for shape in shapes)
@@ -49,6 +55,8 @@ CASES = (
     case("5_tensors_first_step", SHAPES, step=1, has_targets=False),
     case("5_tensors_ema_copy_bfloat16", SHAPES, grad=torch.bfloat16, copy=torch.bfloat16),
     case("5_tensors_ema_grads_float16_tensors", SHAPES, grad=torch.float16, is_tensor=True),
+    case("5_tensors_ema_copy_applied", SHAPES, copy=torch.bfloat16, applied=True),
+    case("5_tensors_ema_copy_skipped", SHAPES, copy=torch.bfloat16, applied=False),
 )
 BENCH = (
     case("ViT-B_4_blocks_ema", 4 * BLOCK),

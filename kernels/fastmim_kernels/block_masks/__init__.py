@@ -44,7 +44,7 @@ def block_masking(
         min_block: smallest area to ask for, in patches, while more than that is missing; at least 1.
         aspect: (lowest, highest) r = rows / columns, 1e-6 <= lowest <= highest <= 1e6.
 
-    Returns: MaskIds, whose ids_keep and ids_masked are both in raster (ascending) order.
+    Returns: MaskIds as ``random_masking``, whose ids_keep and ids_masked are both in raster (ascending) order.
     Raises: ValueError for a grid, count, block or aspect out of range; as ``uniform`` for rng and ids.
     Source: Bao et al., BEiT, arXiv 2106.08254, algorithm 1; Atten4Vis/CAE furnace/masking_generator.py, which goes on
         until the number is exact. There a block has 10 tries and a failed block is started anew, which is the same as

@@ -1,5 +1,8 @@
 """A linear layer whose weight gradient is summed in float32."""
 
+import contextlib
+from collections.abc import Iterator, Mapping
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -45,13 +48,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     is_fit = dtype == torch.bfloat16 and (weight.requires_grad or not has_grad) and weight.numel()
     if dispatch.uses_reference("dense", x.device, x, weight) or not is_fit:
         return dispatch.reference("dense").linear(x, weight, bias)
-    x, low = x.to(dtype), weight.detach().to(dtype)
+    x, low = x.to(dtype), _low(weight, dtype)
     return Product.apply(x, weight, bias, low) if has_grad else _forward(x, low, bias)
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a product of x is computed: autocast's, or its own."""
     return autocast.dtype(x.device) or x.dtype
+
+
+@contextlib.contextmanager
+def rounded_weights(copies: Mapping[Tensor, Tensor]) -> Iterator[None]:
+    """Within it, `linear` takes ``copies[weight]`` for ``weight.bfloat16()``, if it is there, and need not compute it.
+
+    The caller sees to it that they are equal.
+    """
+    global _rounded
+    before, _rounded = _rounded, copies
+    try:
+        yield
+    finally:
+        _rounded = before
+
+
+_rounded: Mapping[Tensor, Tensor] = {}
+
+
+def _low(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    copy = None if torch.compiler.is_compiling() else _rounded.get(weight)
+    return weight.detach().to(dtype) if copy is None else copy
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

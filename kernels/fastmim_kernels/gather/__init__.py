@@ -14,8 +14,8 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
 
     Args:
         x: (B, L, D), any dtype and strides.
-        ids: (B, K) int64 in 0..L-1, each id at most once per image (as masks give them; kernels rely on it in the
-            gradient).
+        ids: (B, K) int64 in 0..L-1, each id at most once per image (as masks give them; on a GPU the gradient
+            relies on it, on a CPU those of an id that repeats add up).
 
     Returns: (B, K, D) of the dtype of x. Differentiable with respect to x.
     Raises: ValueError or TypeError for shapes, dtype or device that do not fit; IndexError for ids out of range (on the

@@ -38,7 +38,8 @@ def random_masking(rng: Tensor, ids: Tensor, num_patches: int, num_keep: int) ->
         rng: (2,) int64 = [seed, step]. ids: (B,) int64 global sample ids, on the same device.
         num_patches: L, 1..2**20. num_keep: K, 1..L.
 
-    Returns: MaskIds.
+    Returns: MaskIds, a NamedTuple of ids_keep (B, K), ids_masked (B, L - K) and ids_restore (B, L), int64, and mask
+        (B, L), float32, 1 where masked. ``cat([ids_keep, ids_masked], 1)`` is the drawn order, ids_restore its inverse.
     Raises: ValueError for counts out of range; as ``uniform`` for rng and ids.
     Source: He et al., arXiv 2111.06377, section 3; facebookresearch/mae models_mae.py ``random_masking``.
     """
@@ -61,7 +62,7 @@ def cell_masking(rng: Tensor, ids: Tensor, grid: tuple[int, int], cell: int, num
         cell: side of a cell in patches; divides h and w.
         num_keep_cells: 1..(h / cell) * (w / cell).
 
-    Returns: MaskIds with K = num_keep_cells * cell**2.
+    Returns: MaskIds as ``random_masking``, with K = num_keep_cells * cell**2.
     Raises: ValueError where cell does not divide the grid or num_keep_cells is out of range; as ``uniform`` for rng and
         ids.
     Source: ZhichengHuang/CMAE cmae_vit.py ``random_masking`` (2x2 cells, 17 of 49 kept).

@@ -41,8 +41,8 @@ def masked_pixel_loss(
         kind: "mse" (d**2), "l1" (|d|) or "smooth_l1" (d**2 / 2 below 1, else |d| - 1/2).
 
     Returns: scalar float32 (float64 for float64 pred). Differentiable with respect to pred.
-    Raises: ValueError where there is no masked patch (B or M is 0), kind is unknown or shapes do not fit; TypeError,
-        IndexError.
+    Raises: ValueError where there is no masked patch (B or M is 0), kind is unknown or shapes do not fit; TypeError for
+        dtypes; IndexError for ids out of range (on the CPU).
     Source: He et al., arXiv 2111.06377, section 3; facebookresearch/mae models_mae.py ``forward_loss``.
     """
     h, w = check_images(images, size, offset, flip, mean, std)

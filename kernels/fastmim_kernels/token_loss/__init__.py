@@ -32,8 +32,8 @@ def linear_cross_entropy(
         labels: (N,) int64 in 0..V-1 (values are checked on the CPU only).
         chunk: rows at a time: chunk * V logits exist at once. None: what suits the device.
 
-    Returns: TokenLoss; loss is float32 (float64 for float64 inputs). Differentiable once with respect to x, weight and
-        bias.
+    Returns: TokenLoss, a NamedTuple of two scalars: loss, float32 (float64 for float64 inputs), differentiable once with
+        respect to x, weight and bias; accuracy, float32 in 0..1, the share of rows whose largest logit is the label's.
     Raises: ValueError, TypeError for shapes, dtypes or devices that do not fit; IndexError for labels out of range.
     Source: Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2 (gradients in the forward pass, chunk by chunk).
     """

@@ -58,7 +58,10 @@ def shift_flip_jitter(
     Args:
         images: (B, C, H, W) uint8 in 0..255, or floats in 0..1.
         size: (h, w) of the view in pixels. offset: (B, 2) int64 (top, left), None = (0, 0). flip: (B,) bool or None.
-        jitter: ColorJitter or None. grey: (B,) bool or None.
+        jitter: None or a ColorJitter, of which each image has one: apply (B,) bool, False leaves the image alone; order
+            (B, 4) int64, a permutation of the codes 0 brightness, 1 contrast, 2 saturation, 3 hue; brightness, contrast
+            and saturation (B,) factors, 1 changes nothing; hue (B,) in turns, 0 changes nothing.
+        grey: (B,) bool or None.
         blur_sigma: (B,) float in pixels, 0 = no blur, at most max_blur_sigma (a larger one is truncated); None = no
             blur.
         mean, std: C floats each in 0..1 units, or None. dtype: floating dtype of the result.
