@@ -129,7 +129,7 @@ def _file_tokens(path: Path) -> list[str]:
     """A YAML file of settings as the flags that say the same, so that one parser checks both."""
     try:
         content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as e:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise ConfigError(f"--config: cannot read {path}: {e}") from e
     if not isinstance(content, dict):
         raise ConfigError(f"--config: expected {path} to hold `name: value` lines, got {type(content).__name__}")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from fastmim_pipelines.spec import Batch
 
-from fastmim import dist
+from fastmim import dist, float8
 from fastmim.config import ConfigError, ModelSpec, TrainConfig
 from fastmim.device import memory_bytes
 from fastmim.engine import base as engines
@@ -80,6 +80,7 @@ def _tried(config: TrainConfig, model: ModelSpec, device: torch.device) -> Itera
     """By taking steps. The method is built anew for the run: what is done to this one does not matter."""
     method = methods.build(config.method, model, config.options, config.seed)
     set_checkpointing(method, config.checkpointing)
+    float8.convert(method, config.fp8)
     spec = engines.EngineSpec(
         device=device, precision=config.precision, accumulate=1, micro_batch=1, lr=0.0, weight_decay=0.0,
         betas=config.betas, clip=config.clip, zero_stage=0,

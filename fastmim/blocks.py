@@ -4,6 +4,7 @@ A parameter is only used inside the forward of the module that owns it: there Ze
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from fastmim_kernels import Stream, add_layer_norm, bias_gelu, gather_tokens, linear, uniform
@@ -98,37 +99,38 @@ def _by_head(attend: Attend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
 
 
+class Branch(NamedTuple):
+    """What is still to be added to the residual stream: x (B, N, D), times scale (D,) and rows (B,) where they are given."""
+
+    x: Tensor
+    scale: Tensor | None = None
+    rows: Tensor | None = None
+
+    def added_to(self, stream: Tensor) -> Tensor:
+        x = self.x if self.scale is None else self.x * self.scale
+        return stream + (x if self.rows is None else x * self.rows.to(x.dtype).view(-1, 1, 1))
+
+
 class Norm(nn.LayerNorm):
     """LayerNorm behind a residual addition: both in one pass over the tokens."""
 
     def __init__(self, width: int, eps: float = NORM_EPS):
         super().__init__(width, eps=eps)
 
-    def forward(
-        self, x: Tensor, branch: Tensor | None = None, scale: Tensor | None = None, rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Adds a branch and normalizes.
-
-        Args:
-            x: (B, N, D) residual stream.
-            branch: (B, N, D) what to add to it; None: nothing.
-            scale, rows: (D,) and (B,) factors of the branch, or None.
-
-        Returns:
-            The normalized sum, and the sum.
-        """
+    def forward(self, x: Tensor, branch: Branch | None = None) -> tuple[Tensor, Tensor]:
+        """Adds a branch to the residual stream x (B, N, D) and normalizes: the normalized sum, and the sum."""
         if branch is None:
             return add_layer_norm(x, None, self.weight, self.bias, eps=self.eps), x
         return add_layer_norm(
-            branch, x, self.weight, self.bias, scale=scale, row_scale=rows, eps=self.eps, prenorm=True
+            branch.x, x, self.weight, self.bias, scale=branch.scale, row_scale=branch.rows, eps=self.eps, prenorm=True
         )
 
 
 class Sum(nn.Module):
     """A `Norm` that does not normalize."""
 
-    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = x if branch is None else x + branch
+    def forward(self, x: Tensor, branch: Branch | None = None) -> tuple[Tensor, Tensor]:
+        x = x if branch is None else branch.added_to(x)
         return x, x
 
 
@@ -154,17 +156,17 @@ class Block(Recomputed):
     def forward(
         self,
         x: Tensor,
-        branch: Tensor | None = None,
+        branch: Branch | None = None,
         attend: Attend = attention,
         drop: Tensor | None = None,
         rows: Tensor | None = None,
         qkv: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Branch]:
         """One block, its last addition left to who comes next: the next block's first norm adds and normalizes at once.
 
         Args:
             x: (B, N, D) residual stream.
-            branch: (B, N, D) what the block before left to be added, or None.
+            branch: what the block before left to be added, or None.
             attend: the attention.
             drop: (B, 2) factors of the two branches, 0 where stochastic depth leaves one out.
             rows: (B, M) the tokens that go on, each once; None: all. The others serve as keys and values alone.
@@ -179,8 +181,11 @@ class Block(Recomputed):
         mixed = self.attn(y, attend, rows, qkv)
         if rows is not None:
             x = gather_tokens(x, rows)
-        y, x = self.norm2(x, mixed, self.gamma_1, None if drop is None else drop[:, 0])
-        return x, scaled(self.project(self.fc1(y), bias_gelu, self.fc2), self.gamma_2, drop, 1)
+        attended, last = (None, None) if drop is None else drop.unbind(1)
+        y, x = self.norm2(x, Branch(mixed, self.gamma_1, attended))
+        # What leaves the module must not be its parameter: ZeRO-3 takes that away.
+        scale = None if self.gamma_2 is None else self.gamma_2.clone()
+        return x, Branch(self.project(self.fc1(y), bias_gelu, self.fc2), scale, last)
 
 
 def run_blocks(
@@ -191,7 +196,7 @@ def run_blocks(
     *,
     rows: Tensor | None = None,
     qkv: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Branch]:
     """Runs at least one block after another.
 
     Under autocast to bf16 the residual stream is bf16, too; sums and norms are computed in fp32.
@@ -227,13 +232,6 @@ def in_stream_dtype(x: Tensor) -> Tensor:
     device = x.device.type
     is_low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
     return x.bfloat16() if is_low else x
-
-
-def scaled(branch: Tensor, gamma: Tensor | None, drop: Tensor | None, column: int) -> Tensor:
-    """A residual branch (B, N, D) times its layer scale (D,) and its image's column of `drop` (B, 2)."""
-    if gamma is not None:
-        branch = branch * gamma
-    return branch if drop is None else branch * drop[:, column].to(branch.dtype).view(-1, 1, 1)
 
 
 def random_drop_path(rng: Tensor, ids: Tensor, peak: float, *depths: int) -> list[Tensor]:

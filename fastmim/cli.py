@@ -12,19 +12,19 @@ from fastmim.config import ConfigError, nearest
 USAGE = """fastmim COMMAND ...
 
   train          pre-train an encoder (also: deepspeed | torchrun | python fastmim/train.py)
-  knn            k-NN accuracy of a checkpoint or of an exported encoder
-  linear         linear probe of the same
+  knn            measure the k-NN accuracy of a checkpoint or of an exported encoder
+  linear         measure the accuracy of a linear probe of the same
   record-tokens  write the tokens that CAE predicts, for runs that repeat the same crops
   pack           write a folder of images into tar shards or a .beton file
   verify-data    decode every image whole and name the bad ones
-  doctor         speed of disk, decoder, loader and step on this data; names the bottleneck
+  doctor         measure disk, decoder, loader and step on this data, and name what is slow
   replay         take a skipped, non-finite step again and show where it begins
-  zero-import    weights out of a checkpoint that DeepSpeed wrote, as safetensors
+  zero-import    write the weights of a checkpoint of DeepSpeed's as safetensors
   demo-data      write the demo data set: labeled, photo-like JPEG files
-  plan           parameters, memory, speed, communication and hours of a run, before it runs
-  bench          images per second of training steps, beside other ways to take them
-  tune           launch constants of the Triton kernels for this GPU
-  info           versions, devices, kernels, loaders
+  plan           compute memory, speed, communication and hours of a run, before it runs
+  bench          training steps, kernels, loaders and whole runs, beside other ways to do the same
+  tune           find the launch constants of the Triton kernels for this GPU
+  info           print versions, devices, kernels and loaders
 
 `fastmim COMMAND --help` lists the options."""
 
@@ -120,10 +120,11 @@ def _recording(argv: list[str]) -> tuple[Path, range, list[str]]:
 
     parser = argparse.ArgumentParser(
         prog="fastmim record-tokens",
+        description="Write the tokens that CAE predicts, for runs that repeat the same crops.",
         epilog="All other flags are those of `fastmim train`, and must be the later run's.",
     )
-    parser.add_argument("--write", type=Path, required=True, metavar="DIR", help="folder of the recording")
-    parser.add_argument("--first", type=int, default=0, metavar="STEP", help="first step to record (default 0)")
-    parser.add_argument("--last", type=int, required=True, metavar="STEP", help="last step to record")
+    parser.add_argument("--write", type=Path, required=True, metavar="DIR", help="Folder of the recording.")
+    parser.add_argument("--first", type=int, default=0, metavar="STEP", help="First step to record. (default: 0)")
+    parser.add_argument("--last", type=int, required=True, metavar="STEP", help="Last step to record.")
     own, rest = parser.parse_known_args(argv)
     return own.write, range(own.first, own.last + 1), rest

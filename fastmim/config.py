@@ -101,6 +101,31 @@ SIZES: dict[str, Size] = {
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
+# Number of TrainConfig -> least and largest value, and whether the least itself will do.
+RANGES: dict[str, tuple[float, float, bool]] = {
+    **dict.fromkeys(("in_chans", "patch_size", "batch_size", "accumulate", "log_every", "keep"), (1, math.inf, True)),
+    **dict.fromkeys(("steps", "epochs", "hang_after", "clip", "std"), (0, math.inf, False)),
+    **dict.fromkeys(("lr", "base_lr", "weight_decay", "workers", "skip_budget"), (0, math.inf, True)),
+    **dict.fromkeys(("warmup_start", "lr_end", "betas"), (0, 1, True)),
+    "mean": (-math.inf, math.inf, True),
+    "seed": (0, 2**63 - 1, True),
+}
+
+
+def check_range(flag: str, value: float, low: float, high: float = math.inf, *, low_included: bool = True) -> None:
+    """Raises ConfigError unless the value of a flag is finite and in low .. high, with or without low itself."""
+    # Not math.isfinite, which integers of many digits overflow.
+    if -math.inf < value < math.inf and (low <= value if low_included else low < value) and value <= high:
+        return
+    if not math.isinf(high):
+        wanted = f"a number in {low:g} .. {high:g}" if low_included else f"a number above {low:g}, up to {high:g}"
+    elif not math.isinf(low):
+        wanted = f"at least {low:g}, finite" if low_included else f"a finite number above {low:g}"
+    else:
+        wanted = "a finite number"
+    raise ConfigError(f"{flag}: expected {wanted}, got {f'{value:g}' if isinstance(value, float) else value}")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Pre-train an image encoder."""
@@ -167,6 +192,9 @@ class TrainConfig:
     """Largest norm of the gradient; none: no clipping."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Arithmetic of matrix products; parameters stay fp32. auto: bf16 where the device has it."""
+    fp8: Literal["off", "targets", "wide"] = "off"
+    """Products of 8-bit floats in the blocks' linear layers: in passes without gradient (momentum encoders, CAE's targets), or
+    also in training, where layers have at least 1024 inputs and outputs. For GPUs of compute capability 8.9 or more, with bf16."""
     compile: Literal["off", "blocks"] = "off"
     """torch.compile of every transformer block; each shape takes a minute at first."""
     graph: Literal["auto", "on", "off"] = "auto"
@@ -231,6 +259,12 @@ class TrainConfig:
             world: number of processes.
             takes_auto: whether the batch size may still be "auto".
         """
+        for name, (low, high, low_included) in RANGES.items():
+            value = getattr(self, name)
+            for number in value if isinstance(value, tuple) else () if value in (None, "auto") else (value,):
+                check_range(f"--{name.replace('_', '-')}", number, low, high, low_included=low_included)
+        if max(self.betas) == 1:
+            raise ConfigError(f"--betas: expected numbers below 1, got {self.betas}")
         spec = self.model_spec()
         for side, name in zip(spec.image_size, ("height", "width")):
             if side < self.patch_size or side % self.patch_size:
@@ -242,20 +276,12 @@ class TrainConfig:
         for name, values in (("mean", spec.mean), ("std", spec.std)):
             if len(values) != self.in_chans:
                 raise ConfigError(f"--{name}: expected {self.in_chans} values (--in-chans), got {len(values)}")
-        if min(spec.std) <= 0:
-            raise ConfigError(f"--std: expected positive values, got {spec.std}")
         if self.epochs is not None and self.steps is not None:
             raise ConfigError("--epochs and --steps: expected one of them, got both")
         if self.epochs is None and self.steps is None:
             raise ConfigError("--epochs or --steps: expected one of them, got none")
         if self.batch_size == "auto" and not takes_auto:
             raise ConfigError("--batch-size: expected a number here, got auto, which only training can find")
-        for name in (
-            "batch_size", "accumulate", "log_every", "keep", "patch_size", "in_chans", "steps", "epochs", "hang_after",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and value != "auto" and value <= 0:
-                raise ConfigError(f"--{name.replace('_', '-')}: expected a positive number, got {value}")
         parts = world * (self.accumulate or 1)
         if self.batch_size != "auto" and self.batch_size % parts:
             low = max(parts, self.batch_size // parts * parts)
@@ -270,8 +296,6 @@ class TrainConfig:
             raise ConfigError(
                 f"--zero-offload {self.zero_offload}: expected --zero {least if least == 3 else '1, 2 or 3'}, got {self.zero}"
             )
-        if self.skip_budget < 0:
-            raise ConfigError(f"--skip-budget: expected at least 0, got {self.skip_budget}")
         if self.engine == "single" and world > 1:
             raise ConfigError(f"--engine single: expected 1 process, got {world}; use ddp or zero")
         for name in ("warmup", "save_every", "knn_every", "reconstruct_every"):

@@ -10,7 +10,7 @@ import torch
 from fastmim_kernels import bias_gelu, depthwise_patches, patchify_gather
 from torch import Tensor, nn
 
-from fastmim.blocks import Attend, Block, Linear, Norm, Sum, attention, run_blocks
+from fastmim.blocks import Attend, Block, Branch, Linear, Norm, Sum, attention, run_blocks
 from fastmim.config import SIZES, ConfigError, ModelSpec
 from fastmim.recompute import Recomputed, called
 from fastmim.vit import sincos_position
@@ -71,7 +71,7 @@ class ConvBlock(Recomputed):
 
     def forward(self, x: Tensor, ids: Tensor | None) -> Tensor:
         y, _ = self.norm1(x)
-        y, x = self.norm2(x, self.conv2(self.spread(self.conv1(y), ids)))
+        y, x = self.norm2(x, Branch(self.conv2(self.spread(self.conv1(y), ids))))
         return x + self.project(self.fc1(y), bias_gelu, self.fc2)
 
 
@@ -136,7 +136,7 @@ class ConvEncoder(nn.Module):
         x = bias_gelu(self.norm3(self.embed3(x))[0]).flatten(2)
         x = self.project(x) + (self.position if ids is None else self.position[ids])
         x, branch = run_blocks(self.blocks, x, attend)
-        return self.norm(x + branch, skip)[0]
+        return self.norm(branch.added_to(x), Branch(skip))[0]
 
     def features(self, images: Tensor) -> Tensor:
         """(B, C, H, W) uint8 images of the model's size -> (B, D): mean over the patch tokens of the whole image."""

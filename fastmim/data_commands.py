@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from fastmim_pipelines.demo import write_demo
@@ -16,25 +16,28 @@ from fastmim.config import ConfigError
 
 BAD_DATA = 4
 
+Data = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="DATA")]
+Out = Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
 
-def demo_data(folder: tyro.conf.Positional[Path], images: int = 3000, val_images: int = 600, seed: int = 0) -> None:
+
+def demo_data(out: Out, images: int = 3000, val_images: int = 600, seed: int = 0) -> None:
     """Write the demo data set: JPEG files in train/<class>/ and val/<class>/.
 
     Args:
-        folder: where to; a finished set of the same parameters is kept.
-        images: training images.
-        val_images: validation images.
-        seed: the same seed gives the same bytes.
+        out: Folder to write; a finished set of the same parameters is kept.
+        images: Training images.
+        val_images: Validation images.
+        seed: The same seed gives the same bytes.
     """
     try:
-        write_demo(folder, images=images, val_images=val_images, seed=seed, progress=print)
+        write_demo(out, images=images, val_images=val_images, seed=seed, progress=print)
     except ValueError as e:
         raise ConfigError(str(e)) from e
 
 
 def pack(
-    data: tyro.conf.Positional[Path],
-    out: tyro.conf.Positional[Path],
+    data: Data,
+    out: Out,
     to: Literal["tar", "beton"],
     resize: str | None = None,
     quality: int | None = None,
@@ -44,13 +47,13 @@ def pack(
     """Write images into a folder of tar shards, or into one .beton file; --data takes either.
 
     Args:
-        data: folder of images, tar shards or a .beton file.
-        out: new folder (tar) or new file (beton).
-        to: format.
-        resize: max:500 makes the longer side at most 500 pixels, short:256 the shorter one; default: bytes are kept.
-        quality: of the JPEG files if they are written anew.
-        in_chans: channels, 1 or 3.
-        workers: processes; default: one per core.
+        data: Folder of images, tar shards or a .beton file.
+        out: New folder (tar) or new file (beton).
+        to: Format.
+        resize: max:500 makes the longer side at most 500 pixels, short:256 the shorter one. Default: bytes are kept.
+        quality: Of the JPEG files if they are written anew.
+        in_chans: Channels, 1 or 3.
+        workers: Processes. Default: one per core.
     """
     try:
         with _progress("packed") as telling:
@@ -90,16 +93,14 @@ def _resize(text: str | None) -> tuple[str, int] | None:
     return kind, int(size)
 
 
-def verify_data(
-    data: tyro.conf.Positional[Path], write_list: Path | None = None, in_chans: int = 3, workers: int | None = None
-) -> int:
+def verify_data(data: Data, write_list: Path | None = None, in_chans: int = 3, workers: int | None = None) -> int:
     """Decode every image whole and name the bad ones; exit code 4 if there are any.
 
     Args:
-        data: folder of images, tar shards or a .beton file.
-        write_list: write the names of the bad images to this file, for `fastmim train --exclude`.
-        in_chans: channels that training will ask for.
-        workers: processes; default: one per core.
+        data: Folder of images, tar shards or a .beton file.
+        write_list: Write the names of the bad images to this file, for `fastmim train --exclude`.
+        in_chans: Channels that training will ask for.
+        workers: Processes. Default: one per core.
     """
     with _progress("read") as telling:
         found = verify(open_index(data), in_chans=in_chans, list_path=write_list, workers=workers, **telling)

@@ -71,10 +71,11 @@ def doctor(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="fastmim doctor",
         allow_abbrev=False,
+        description="Measure disk, decoding, resizing, loader, transfer and step, and name what is slow.",
         epilog="All other flags are those of `fastmim train`: give the run's, with --device, --method and --model.",
     )
-    parser.add_argument("data", type=Path, help="folder of images, tar shards or a .beton file")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each measurement (default 3)")
+    parser.add_argument("data", type=Path, metavar="DATA", help="Folder of images, tar shards or a .beton file.")
+    parser.add_argument("--seconds", type=float, default=3.0, help="For each measurement. (default: 3)")
     own, rest = parser.parse_known_args(argv)
     if dist.launched_world() > 1:
         raise ConfigError(f"doctor: expected one process, got {dist.launched_world()}; start it without a launcher")
@@ -327,8 +328,7 @@ class _Examination:
             crops = tuple(crop.to(self.device, non_blocking=True) for crop in batch.crops)
             out = engine.forward(Batch(crops, batch.ids.to(self.device, non_blocking=True)), rng)
             engine.backward(out.loss)
-            engine.step()
-            engine.ema(pairs, method.momentum(0.0))
+            engine.step(pairs, method.momentum(0.0))
             rng[1] += 1
 
         return take

@@ -85,9 +85,9 @@ class StaticStep:
         self.program, self.engine = program, program.engine
         self.warmup_steps = WARMUP_STEPS if self.engine.world == 1 else WARMUP_STEPS_DDP
         device = self.engine.device
-        # What the fused AdamW takes: a float on GPUs; on CPUs it reads the number itself.
-        self.lr = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else torch.float64, device=device)
-        self.momentum = torch.zeros((), device=device)
+        # As exact as the numbers that they stand for.
+        self.lr = torch.zeros((), dtype=torch.float64, device=device)
+        self.momentum = torch.zeros((), dtype=torch.float64, device=device)
         self.batch: Batch | None = None
         self.rng: Tensor | None = None
         self.graph: torch.cuda.CUDAGraph | None = None

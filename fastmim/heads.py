@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from fastmim.config import ConfigError
 from fastmim.dist import differentiable_mean
 from fastmim.vit import Block, initialize, run_blocks
 
@@ -35,6 +36,11 @@ def _global_mean(x: Tensor) -> Tensor:
     return differentiable_mean(x.mean(0))
 
 
+def _check_widths(*widths: int) -> None:
+    if min(widths) < 1:
+        raise ConfigError(f"head_hidden, head_out: expected at least 1 channel, got {min(widths)}")
+
+
 class ProjectionHead(nn.Sequential):
     """Linear (with bias) - SyncBN - ReLU - Linear (no bias).
 
@@ -42,6 +48,7 @@ class ProjectionHead(nn.Sequential):
     """
 
     def __init__(self, width: int, hidden: int, out: int):
+        _check_widths(hidden, out)
         super().__init__(
             nn.Linear(width, hidden), SyncBatchNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out, bias=False)
         )
@@ -57,6 +64,7 @@ class NormalizedHead(nn.Sequential):
     """
 
     def __init__(self, *widths: int):
+        _check_widths(*widths)
         layers: list[nn.Module] = []
         for i, (width, out) in enumerate(pairwise(widths)):
             is_last = i == len(widths) - 2
@@ -75,7 +83,7 @@ class ClassBlocks(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, branch = run_blocks(self.blocks, x)
-        return x[:, 0] + branch[:, 0]
+        return branch._replace(x=branch.x[:, :1]).added_to(x[:, :1])[:, 0]
 
 
 class PositionHead(nn.Sequential):

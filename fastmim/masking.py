@@ -8,12 +8,23 @@ from fastmim.config import ConfigError, ModelSpec, count_kept
 MaskPlan = MaskIds
 
 
+def _count_kept(total: int, mask_ratio: float) -> int:
+    """As `count_kept`; a loss on masked patches needs one of them, too."""
+    kept = count_kept(total, mask_ratio, "mask ratio")
+    if kept == total:
+        unit = f"1 of {total} patches or cells"
+        raise ConfigError(
+            f"mask ratio: expected at least {unit} to be masked, got ratio {mask_ratio}, which masks 0; take a larger one"
+        )
+    return kept
+
+
 class RandomPolicy:
     """Uniformly random patches, an exact number per image. Source: MAE, arXiv 2111.06377 section 3."""
 
     def __init__(self, model: ModelSpec, mask_ratio: float):
         self.num_patches = model.num_patches
-        self.num_keep = count_kept(model.num_patches, mask_ratio, "mask ratio")
+        self.num_keep = _count_kept(model.num_patches, mask_ratio)
 
     def __call__(self, rng: Tensor, ids: Tensor) -> MaskPlan:
         return random_masking(rng, ids, self.num_patches, self.num_keep)
@@ -34,7 +45,7 @@ class CellPolicy:
                 f"set the method's mask_cell to 1 or choose another --image-size"
             )
         self.grid, self.cell = model.grid, cell
-        self.num_keep = count_kept((height // cell) * (width // cell), mask_ratio, "mask ratio")
+        self.num_keep = _count_kept((height // cell) * (width // cell), mask_ratio)
 
     def __call__(self, rng: Tensor, ids: Tensor) -> MaskPlan:
         return cell_masking(rng, ids, self.grid, self.cell, self.num_keep)
@@ -51,12 +62,7 @@ class BlockPolicy:
 
     def __init__(self, model: ModelSpec, mask_ratio: float):
         self.grid = model.grid
-        self.num_masked = model.num_patches - count_kept(model.num_patches, mask_ratio, "mask ratio")
-        if self.num_masked == 0:
-            raise ConfigError(
-                f"mask ratio: expected at least 1 of {model.num_patches} patches to be masked, got ratio {mask_ratio}, "
-                f"which masks 0; take a larger one"
-            )
+        self.num_masked = model.num_patches - _count_kept(model.num_patches, mask_ratio)
         self.min_block = max(1, round(16 / 196 * model.num_patches))
 
     def __call__(self, rng: Tensor, ids: Tensor) -> MaskPlan:

@@ -231,21 +231,22 @@ def plan_command(argv: list[str]) -> None:
 
     parser = argparse.ArgumentParser(
         prog="fastmim plan",
+        description="Compute parameters, memory, speed, communication and hours of a run, before it runs.",
         epilog="All other flags are those of `fastmim train`: --method, --model, --batch-size, --accumulate, --zero ...; "
         "the preset is `paper` unless another is given.",
     )
-    parser.add_argument("--gpu", default="h200", help=f"{', '.join(MACHINES)} (default h200)")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of all nodes (default 1)")
-    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node (default 8)")
+    parser.add_argument("--gpu", default="h200", help=f"{', '.join(MACHINES)} (default: h200)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of all nodes. (default: 1)")
+    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node. (default: 8)")
     parser.add_argument("--network", type=float, default=400, metavar="GBIT",
-                        help="Gb/s between nodes per GPU (default 400)")  # fmt: skip
+                        help="Gb/s between nodes per GPU. (default: 400)")  # fmt: skip
     parser.add_argument(
-        "--images", type=int, default=IMAGENET, metavar="N", help="of the data set (default ImageNet's)"
+        "--images", type=int, default=IMAGENET, metavar="N", help="Of the data set. (default: ImageNet's)"
     )
-    parser.add_argument("--scale", action="store_true", help="print docs/scale.md and stop")
-    parser.add_argument("--efficiency", type=float, metavar="SHARE", help="of the roofline (default 1)")
+    parser.add_argument("--scale", action="store_true", help="Print docs/scale.md and stop.")
+    parser.add_argument("--efficiency", type=float, metavar="SHARE", help="Of the roofline. (default: 1)")
     parser.add_argument("--measured", type=Path, metavar="FILE",
-                        help="take the efficiency, and on a CPU the ceilings, from results of `fastmim bench step`")  # fmt: skip
+                        help="Take the efficiency, and on a CPU the ceilings, from results of `fastmim bench step`.")  # fmt: skip
     own, rest = parser.parse_known_args(argv)
     if own.scale:
         from fastmim.scale import document

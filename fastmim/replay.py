@@ -6,7 +6,7 @@ what came out. The step is taken in one process; its images and masks are those 
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
@@ -14,7 +14,7 @@ from fastmim_pipelines.spec import Batch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastmim import checkpoint
+from fastmim import checkpoint, float8
 from fastmim.arguments import parse_plain
 from fastmim.config import ConfigError
 from fastmim.contrast import Rest, join
@@ -48,11 +48,11 @@ class Replayed(NamedTuple):
     """Of parameters, in the order of the model."""
 
 
-def replay(capture: tyro.conf.Positional[Path]) -> int:
+def replay(capture: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CAPTURE")]) -> int:
     """Take a skipped step again and name the first tensor that is not finite.
 
     Args:
-        capture: a folder step-... in captures/ of a run.
+        capture: A folder step-... in captures/ of a run.
     """
     meta = checkpoint.verify(capture)["meta"]
     result = run(capture, meta)
@@ -81,6 +81,7 @@ def run(capture: Path, meta: dict[str, Any]) -> Replayed:
     config, device = session.config, session.device
     method = methods.build(config.method, session.model, config.options, config.seed)
     method.load_state_dict(load_file(capture / MODEL_FILE))
+    float8.convert(method, config.fp8)
     precise = Precise(method.to(device), device.type, config.precision)
     loader, _ = session.loader()
     try:

@@ -8,7 +8,7 @@ from typing import Any
 from fastmim.config import ConfigError, TrainConfig, to_plain
 
 # Fields of the configuration that must be equal: with another one, the rest of the run would be another run.
-FIXED = ("method", "model", "image_size", "patch_size", "in_chans", "batch_size", "seed", "options")
+FIXED = ("method", "model", "image_size", "patch_size", "in_chans", "mean", "std", "batch_size", "seed", "options")
 
 
 def exclusion(path: Path | None) -> str | None:

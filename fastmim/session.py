@@ -1,42 +1,33 @@
 """A training run put together: checks first, then data, processes, engine, loader; then the trainer."""
 
 import dataclasses
-import time
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from fastmim_kernels import chosen
-from fastmim_pipelines import make_loader
-from fastmim_pipelines.demo import write_demo
 from fastmim_pipelines.evaluation import EvalReader
-from fastmim_pipelines.index import ImageIndex, open_index, without
+from fastmim_pipelines.spec import Loader
 
-from fastmim import attention, autobatch, compiling, dist
+from fastmim import attention, autobatch, compiling, dist, float8
 from fastmim.boxes import HeatBoxes
 from fastmim.config import ConfigError, TrainConfig, to_plain
 from fastmim.device import default_precision, memory_bytes, pick_device
 from fastmim.engine import base as engines
-from fastmim.evaluate.knn import measure, raw_pixels
 from fastmim.export import write_encoder
 from fastmim.flops import mfu, peak_flops, training_flops
 from fastmim.graph import choose_graph
 from fastmim.memory import micro_batches
 from fastmim.methods import base as methods
 from fastmim.metrics import Display, check_tracker, open_tracker
-from fastmim.pictures import write_pictures
+from fastmim.observing import Observer
 from fastmim.recompute import set_checkpointing
+from fastmim.run_data import open_loader, open_train, open_val, with_folders
 from fastmim.run_directory import CONFIG_FILE, RunDirectory, default_out
 from fastmim.tokenizer import RecordedTarget, TokenTarget
 from fastmim.tokenizer.recorded import record_tokens
-from fastmim.trainer import Periodic, Trainer
+from fastmim.trainer import Trainer
 
-DEMO_DATA = Path("data/demo")
-# During training, k-NN uses at most so many training images: 50 per class of ImageNet.
-KNN_LIMIT = 50_000
-PICTURES = 8
 BOX_BATCH = 256
 
 
@@ -53,13 +44,14 @@ class Session:
         check_tracker(config.tracker)
         self.model = config.model_spec()
         self.device = pick_device(config.device)
-        precision, reason = default_precision(self.device)
+        precision, why_precision = default_precision(self.device)
         if config.precision == "auto":
             config = dataclasses.replace(config, precision=precision)
         else:
-            reason = f"--precision {config.precision} was given"
+            why_precision = f"--precision {config.precision} was given"
         with torch.device("meta"):
             plan = methods.build(config.method, self.model, config.options, config.seed)
+        self.crops = plan.crops
         trained = sum(p.numel() for p in plan.parameters() if p.requires_grad)
         frozen = sum(p.numel() for p in plan.parameters()) - trained
         self.choice = engines.choose(
@@ -68,13 +60,13 @@ class Session:
         )  # fmt: skip
         if config.compile == "blocks":
             compiling.check(self.device, self.choice.stage)
+        fp8_lines = float8.check(plan, config.fp8, self.device, config.precision)
         self.reads_host = isinstance(getattr(plan, "tokens", None), RecordedTarget)
         self.graph = choose_graph(
             config.graph, self.device, self.choice.engine, config.precision, reads_host=self.reads_host
         )
-        config = self._with_data(config)
-        self.crops, self.config = plan.crops, config
-        self.train_index = self._train_index()
+        config = with_folders(config)
+        self.train_index = open_train(config, self.say)
         if config.batch_size == "auto":
             config = self._with_batch(config, plan)
             config.check(world)
@@ -82,18 +74,12 @@ class Session:
         if not is_given:
             config = dataclasses.replace(config, accumulate=micro_batches(config, plan, world, self.device))
         self.config = config
-        classes = self.train_index.classes if self.train_index else None
-        self.val_index = open_index(config.val_data, classes=classes or None) if config.val_data else None
+        self.val_index = open_val(config, self.train_index)
         self.say(f"method    {config.method}, preset {config.preset}, {config.model}/{config.patch_size} at "
                  f"{self.model.image_size[0]} x {self.model.image_size[1]}: {trained / 1e6:.1f} M parameters to train"
                  f"{f', {frozen / 1e6:.1f} M that follow' if frozen else ''}")  # fmt: skip
-        sharding = f", ZeRO stage {self.choice.stage}" if self.choice.engine == "zero" else ""
-        if self.choice.offload != "none":
-            sharding += (
-                f", {'optimizer' if self.choice.offload == 'optimizer' else 'optimizer and parameters'} on the host"
-            )
-        self.say(f"engine    {self.choice.engine}{sharding}: {self.choice.reason}")
-        self.say(f"device    {self.device.type} x {world}, {config.precision}: {reason}")
+        self.say(f"engine    {self.choice.engine}{self._sharding()}: {self.choice.reason}")
+        self.say(f"device    {self.device.type} x {world}, {config.precision}: {why_precision}")
         kernels = sorted(set(chosen(self.device.type).values()))
         self.say(f"kernels   {', '.join(kernels)} on {self.device.type} (`fastmim info` tells why)")
         self.say(f"graph     {'used' if self.graph.is_used else 'not used'}: {self.graph.reason}")
@@ -103,17 +89,13 @@ class Session:
             )
         if plan.mixes_images and config.accumulate > 1:
             self._say_contrast(plan)
-        micro_batch = config.batch_size // (world * config.accumulate)
-        if micro_batch % plan.batch_multiple:
-            each = world * config.accumulate * plan.batch_multiple
-            raise ConfigError(
-                f"--batch-size: expected a multiple of {each} (processes x --accumulate x {plan.batch_multiple}, the "
-                f"images of a group of {config.method}), got {config.batch_size}; take {max(1, config.batch_size // each) * each}"
-            )
+        self._check_groups(plan)
         formula = getattr(methods.find(config.method), "flops", None)
         self.flops = training_flops(config.method, self.model, config.options, formula)
         if self.flops is not None:
             self.say(f"cost      {self.flops.training / 1e9:.3g} GFLOP per image as published, forward and backward")
+        for line in fp8_lines:
+            self.say(line)
         for note in plan.notes:
             self.say(f"note      {note}")
         self.say(f"lr        {config.peak_lr:.3g} at batch {config.batch_size}")
@@ -134,6 +116,23 @@ class Session:
         self.say(f"batch     {batch_size}, the largest that fits ({found.how})")
         return dataclasses.replace(config, batch_size=batch_size)
 
+    def _check_groups(self, plan: methods.Method) -> None:
+        c = self.config
+        each = dist.launched_world() * c.accumulate * plan.batch_multiple
+        if self._micro_batch() % plan.batch_multiple:
+            raise ConfigError(
+                f"--batch-size: expected a multiple of {each} (processes x --accumulate x {plan.batch_multiple}, the "
+                f"images of a group of {c.method}), got {c.batch_size}; take {max(1, c.batch_size // each) * each}"
+            )
+
+    def _micro_batch(self) -> int:
+        return self.config.batch_size // (dist.launched_world() * self.config.accumulate)
+
+    def _sharding(self) -> str:
+        text = f", ZeRO stage {self.choice.stage}" if self.choice.engine == "zero" else ""
+        on_host = {"none": "", "optimizer": ", optimizer on the host", "all": ", optimizer and parameters on the host"}
+        return text + on_host[self.choice.offload]
+
     def _say_contrast(self, plan: methods.Method) -> None:
         c = self.config
         if plan.can_represent() and c.contrast_batch == "step":
@@ -143,48 +142,9 @@ class Session:
             self.say(f"warning   {c.method} compares the images of a micro-batch with each other: --accumulate "
                      f"{c.accumulate} leaves {c.batch_size // c.accumulate} of {c.batch_size}")  # fmt: skip
 
-    def _train_index(self) -> ImageIndex | None:
-        config = self.config
-        if config.data is None:
-            return None
-        index = self._index(config.data)
-        if config.exclude is None:
-            return index
-        kept = without(index, config.exclude)
-        self.say(f"data      {len(index) - len(kept)} of {len(index)} images left out: {config.exclude}")
-        return kept
-
-    def _index(self, data: Path) -> ImageIndex:
-        try:
-            # dali and nvimgcodec decode whatever there is.
-            kind = self.config.loader if self.config.loader in ("folder", "tar", "ffcv", "hf") else "auto"
-            return open_index(data, kind)
-        except ValueError as e:
-            raise ConfigError(str(e)) from e
-
     def say(self, text: str) -> None:
         if dist.launched_rank() == 0:
             print(text, flush=True)
-
-    def _with_data(self, config: TrainConfig) -> TrainConfig:
-        """Finds the folders: DIR/train and DIR/val, or the demo data, which is made if need be."""
-        if config.loader == "synthetic":
-            return config
-        if config.data is None:
-            if config.preset != "demo":
-                raise ConfigError("--data: expected a folder of images, got none; or use --preset demo")
-            if dist.launched_rank() == 0 and not config.dry_run:
-                write_demo(DEMO_DATA, progress=print)
-            config = dataclasses.replace(config, data=DEMO_DATA)
-            if config.dry_run and not DEMO_DATA.exists():
-                raise ConfigError(f"--data: {DEMO_DATA} does not exist yet; run `fastmim demo-data {DEMO_DATA}`")
-            _wait_for(DEMO_DATA / "demo.json")
-        data, val = config.data, config.val_data
-        if (data / "train").is_dir():
-            if val is None and (data / "val").is_dir():
-                val = data / "val"
-            data = data / "train"
-        return dataclasses.replace(config, data=data, val_data=val)
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -204,6 +164,7 @@ class Session:
             dist.start(self.device, max(600, 2 * config.hang_after))
         self.method = methods.build(config.method, self.model, config.options, config.seed)
         set_checkpointing(self.method, config.checkpointing)
+        float8.convert(self.method, config.fp8)
         if config.compile == "blocks":
             self.say(f"compile   {compiling.compile_blocks(self.method)} blocks, when they first run")
         self.engine = engines.build(self.choice.engine, self.method, self._engine_spec())
@@ -217,6 +178,7 @@ class Session:
             config, self.method, self.engine, loader, out, display, boxes=boxes, mfu=self._mfu,
             graph=config.graph if self.graph.is_used else "off",
         )  # fmt: skip
+        observer = Observer(config, self.method, self.engine, self.train_index, self.val_index, out, display)
         try:
             if config.resume is not None:
                 trainer.resume(config.resume)
@@ -224,7 +186,7 @@ class Session:
                 directory.write_config(config)
                 trainer.track = open_tracker(config.tracker, out)
             display.say(f"run       {out}: {total} steps, {loader.steps_per_epoch} per epoch")
-            finished = trainer.fit(self._periodics(trainer, out, display))
+            finished = trainer.fit(observer.periodics(trainer))
             if finished:
                 self._finish(out, display, loader)
         finally:
@@ -258,20 +220,9 @@ class Session:
             f"done      {folder}: tokens of steps {steps.start} to {steps.stop - 1}; train with --cae.tokens {folder}"
         )
 
-    def loader(self):
+    def loader(self) -> tuple[Loader, str]:
         """The run's loader, and why it is that one."""
-        config = self.config
-        try:
-            options: dict[str, Any] = dict(
-                batch_size=config.batch_size, rank=dist.launched_rank(), world=dist.launched_world(), seed=config.seed,
-                in_chans=config.in_chans,
-            )  # fmt: skip
-            if config.loader != "synthetic":
-                pin = self.device.type == "cuda"
-                options |= dict(workers=config.workers, on_bad_image=config.on_bad_image, pin_memory=pin)
-            return make_loader(config.loader, self.crops, data=self.train_index, **options)
-        except (ValueError, ModuleNotFoundError) as e:
-            raise ConfigError(str(e)) from e
+        return open_loader(self.config, self.crops, self.train_index, self.device)
 
     def _mfu(self, images_per_s: float) -> float | None:
         if self.device.type != "cuda" or self.config.precision == "fp32":
@@ -279,7 +230,7 @@ class Session:
         peak = peak_flops(torch.cuda.get_device_name(self.device))
         return mfu(images_per_s, self.flops, None if peak is None else peak * dist.launched_world())
 
-    def _boxes(self, loader, total: int, display: Display) -> HeatBoxes | None:
+    def _boxes(self, loader: Loader, total: int, display: Display) -> HeatBoxes | None:
         if self.train_index is None or not any(crop.uses_boxes for crop in self.crops):
             return None
         reader = EvalReader(
@@ -293,12 +244,16 @@ class Session:
 
     def _engine_spec(self) -> engines.EngineSpec:
         c = self.config
-        micro_batch = c.batch_size // c.accumulate // dist.launched_world()
         return engines.EngineSpec(
-            device=self.device, precision=c.precision, accumulate=c.accumulate, micro_batch=micro_batch, lr=c.peak_lr,
-            weight_decay=c.weight_decay, betas=c.betas, clip=c.clip, zero_stage=self.choice.stage,
+            device=self.device, precision=c.precision, accumulate=c.accumulate, micro_batch=self._micro_batch(),
+            lr=c.peak_lr, weight_decay=c.weight_decay, betas=c.betas, clip=c.clip, zero_stage=self.choice.stage,
             zero_offload=self.choice.offload, has_graph=self.graph.is_used,
         )  # fmt: skip
+
+    def _trial_forward(self) -> None:
+        batch = autobatch.random_batch(self.method, self._micro_batch(), self.device)
+        with compiling.uncompiled(), self.engine.autocast():
+            self.method(batch, torch.zeros(2, dtype=torch.int64, device=self.device))
 
     def _print_plan(self, steps_per_epoch: int) -> None:
         total = self.config.total_steps(steps_per_epoch)
@@ -306,81 +261,7 @@ class Session:
         for name, value in to_plain(self.config).items():
             self.say(f"  {name}: {value}")
 
-    # -- what happens beside training ----------------------------------------------------------------------------
-
-    def _periodics(self, trainer: Trainer, out: Path, display: Display) -> list[Periodic]:
-        periodics = [
-            Periodic(lambda step: self._pictures(out, step), trainer.steps_of(self.config.reconstruct_every), False)
-        ]
-        why_not = self._why_no_knn()
-        if why_not:
-            display.say(f"k-NN      not measured: {why_not}")
-        else:
-            every = trainer.steps_of(self.config.knn_every)
-            periodics.append(Periodic(lambda step: self._knn(step, display), every, True))
-        return periodics
-
-    def _why_no_knn(self) -> str | None:
-        if self.train_index is None or self.val_index is None:
-            return "it needs --val-data"
-        if self.train_index.labels is None or self.val_index.labels is None:
-            return "it needs class folders in --data and --val-data"
-        return None
-
-    def _knn(self, step: int, display: Display) -> dict[str, float]:
-        with self._evaluating():
-            accuracy = self._accuracy(self._features)
-        result = {"knn_top1": accuracy}
-        if step == 0:
-            result["knn_top1_raw_pixels"] = self._accuracy(raw_pixels)
-        text = f"k-NN      step {step}: {100 * accuracy:.1f} % of the validation images right"
-        display.say(text + (f" (raw pixels: {100 * result['knn_top1_raw_pixels']:.1f} %)" if step == 0 else ""))
-        return result
-
-    def _evaluating(self) -> ExitStack:
-        stack = ExitStack()
-        stack.enter_context(self.engine.whole())
-        if self.config.compile != "off":
-            stack.enter_context(compiling.uncompiled())
-        return stack
-
-    def _trial_forward(self) -> None:
-        batch = autobatch.random_batch(self.method, self._engine_spec().micro_batch, self.device)
-        with compiling.uncompiled(), self.engine.autocast():
-            self.method(batch, torch.zeros(2, dtype=torch.int64, device=self.device))
-
-    def _features(self, images: torch.Tensor) -> torch.Tensor:
-        with self.engine.autocast():
-            return self.method.encoder.features(images)
-
-    def _accuracy(self, features) -> float:
-        return measure(
-            features, self.train_index, self.val_index, self.model, self.device, workers=self.config.workers,
-            limit=KNN_LIMIT,
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def _pictures(self, out: Path, step: int) -> dict[str, float]:
-        if self.val_index is None and self.train_index is None:
-            return {}
-        images, ids = self._picture_images()
-        rng = torch.tensor([self.config.seed, 0], device=self.device)
-        with self._evaluating(), self.engine.autocast():
-            pictures = self.method.reconstruct(images, ids, rng)
-        if pictures is not None and dist.is_main():
-            write_pictures(pictures, out / "reconstructions" / f"step-{step:07d}.png")
-        return {}
-
-    def _picture_images(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same few images every time, on every rank."""
-        index = self.val_index or self.train_index
-        reader = EvalReader(
-            index, self.model.image_size, batch_size=PICTURES, in_chans=self.config.in_chans, workers=0, limit=PICTURES
-        )
-        images, _, ids = next(iter(reader))
-        return images.to(self.device), ids.to(self.device)
-
-    def _finish(self, out: Path, display: Display, loader) -> None:
+    def _finish(self, out: Path, display: Display, loader: Loader) -> None:
         with self.engine.whole():
             if dist.is_main():
                 write_encoder(self.method.encoder, self.config.method, out / "encoder.safetensors")
@@ -396,9 +277,3 @@ def _batch_of_run(config: TrainConfig) -> int:
     if path is None or not path.is_file():
         return 0
     return yaml.safe_load(path.read_text())["batch_size"]
-
-
-def _wait_for(path: Path) -> None:
-    """Ranks beside the one that writes the demo data wait for its last file."""
-    while not path.exists():
-        time.sleep(0.5)

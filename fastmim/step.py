@@ -61,8 +61,7 @@ class StepProgram:
 
     def update(self, rng: Tensor, momentum: float | Tensor) -> StepInfo:
         """Steps with the engine's learning rate, moves the targets, and sets the rng to the next step."""
-        info = self.engine.step()
-        self.engine.ema(self.pairs, momentum)
+        info = self.engine.step(self.pairs, momentum)
         rng[1].add_(1)
         return info
 

@@ -20,8 +20,8 @@ def tune(ops: str = "", out: Path | None = None) -> None:
     """Tune the Triton kernels on the current GPU: each constant halved and doubled for as long as that is faster.
 
     Args:
-        ops: names, separated by commas; default: every op that has constants.
-        out: folder of the table, for FASTMIM_TUNED; default: the installed package's own.
+        ops: Names, separated by commas; empty: every op that has constants.
+        out: Folder of the table, for FASTMIM_TUNED. Default: the installed package's own.
     """
     if not torch.cuda.is_available():
         raise ConfigError(

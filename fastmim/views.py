@@ -6,6 +6,8 @@ import torch
 from fastmim_kernels import ColorJitter, Stream, uniform
 from torch import Tensor
 
+from fastmim.config import ConfigError
+
 
 def random_flip(rng: Tensor, ids: Tensor, probability: float = 0.5) -> Tensor:
     """(B,) bool: mirror the image left to right."""
@@ -31,6 +33,20 @@ class ColorConfig:
     blur_probability: float = 0.5
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     """Standard deviation of the Gaussian in pixels, uniform between the two."""
+
+    def check(self, flag: str) -> None:
+        """Raises ConfigError for values out of range; `flag` is what they are options of."""
+        low, high = self.blur_sigma
+        shares = ("jitter_probability", "grey_probability", "blur_probability")
+        rules = (
+            *((name, getattr(self, name) >= 0, "at least 0") for name in ("brightness", "contrast", "saturation")),
+            ("hue", 0 <= self.hue <= 0.5, "0 .. 0.5"),
+            *((name, 0 <= getattr(self, name) <= 1, "0 .. 1") for name in shares),
+            ("blur_sigma", 0 <= low <= high and high > 0, "0 <= smallest <= largest, and a largest above 0"),
+        )
+        for name, holds, expected in rules:
+            if not holds:
+                raise ConfigError(f"{flag}.{name.replace('_', '-')}: expected {expected}, got {getattr(self, name)}")
 
 
 def random_color(rng: Tensor, ids: Tensor, config: ColorConfig) -> dict[str, object]:

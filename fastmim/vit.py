@@ -12,8 +12,8 @@ from fastmim_kernels import gather_tokens, patchify_gather, restore_tokens
 from torch import Tensor, nn
 
 from fastmim import savers
-from fastmim.blocks import Attend, Block, Linear, Norm, Sum, attention, in_stream_dtype, run_blocks
-from fastmim.config import SIZES, ModelSpec
+from fastmim.blocks import Attend, Block, Branch, Linear, Norm, Sum, attention, in_stream_dtype, run_blocks
+from fastmim.config import SIZES, ConfigError, ModelSpec
 
 
 def sincos_position(width: int, grid: tuple[int, int], first: str = "column") -> Tensor:
@@ -149,6 +149,13 @@ class Decoder(nn.Module):
         num_prefix: int = 1,
     ):
         super().__init__()
+        if spec.heads < 1 or spec.width < 4 or spec.width % 4 or spec.width % spec.heads:
+            raise ConfigError(
+                f"decoder_width, decoder_heads: expected a positive multiple of 4 and of the number of heads, got "
+                f"{spec.width} and {spec.heads}"
+            )
+        if spec.depth < 1:
+            raise ConfigError(f"decoder depth: expected at least 1 block, got {spec.depth}")
         self.pool, self.num_prefix, self.savers = pool, num_prefix, savers.chosen()
         self.embed = Linear(SIZES[model.name].width, spec.width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, spec.width))
@@ -179,7 +186,7 @@ class Decoder(nn.Module):
         prefix = torch.arange(self.num_prefix, device=layout.device).expand(len(layout), -1)
         return gather_tokens(table.expand(len(layout), -1, -1), torch.cat([prefix, ids_keep], dim=1))
 
-    def hidden(self, latent: Tensor, layout: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def hidden(self, latent: Tensor, layout: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Branch]:
         """(B, prefix + K, D) encoder output -> (B, prefix + L, width) stream, and what is still to be added to it.
 
         Args:
@@ -223,7 +230,7 @@ class Decoder(nn.Module):
         if ids_out is not None and "last" in self.savers:
             return self.pred(self.norm(*self.hidden(latent, layout, ids_out + self.num_prefix))[0])
         x, branch = self.hidden(latent, layout)
-        x = (x + branch)[:, self.num_prefix :]
+        x = branch.added_to(x)[:, self.num_prefix :]
         if self.pool:
             return self.pred(self.norm(x)[0].mean(1))
         return self.pred(self.norm(x if ids_out is None else gather_tokens(x, ids_out))[0])

@@ -11,7 +11,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import tyro
@@ -28,12 +28,15 @@ INERT_NAMES = {("torch", "Tensor"), *(("torch", str(t).removeprefix("torch.")) f
                (torch.float32, torch.float16, torch.bfloat16))}  # fmt: skip
 
 
-def zero_import(folder: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]) -> None:
+def zero_import(
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")],
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")],
+) -> None:
     """Write the fp32 weights and AdamW's moments of a DeepSpeed checkpoint as safetensors, without unpickling it.
 
     Args:
-        folder: what was given to `save_checkpoint` (with the file `latest`), or one of its global_step folders.
-        out: new folder for model.safetensors and, if there are moments, optimizer.safetensors.
+        folder: What was given to `save_checkpoint` (with the file `latest`), or one of its global_step folders.
+        out: New folder for model.safetensors and, if there are moments, optimizer.safetensors.
     """
     if out.exists():
         raise ConfigError(f"zero-import: expected {out} not to exist; name another folder")

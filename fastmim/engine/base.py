@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, Protocol
 
@@ -62,20 +62,19 @@ class Engine(Protocol):
         """Adds a micro-batch's gradient; owns the division by the number of accumulated micro-batches."""
         ...
 
-    def step(self) -> StepInfo:
-        """Clips, updates the parameters, clears the gradients."""
+    def step(self, pairs: Sequence[EmaPair] = (), momentum: float | Tensor = 1.0) -> StepInfo:
+        """Clips, updates the parameters, moves each target towards its online tensor, clears the gradients.
+
+        Unless the gradient is not finite: then nothing changes.
+
+        Args:
+            pairs: online and target tensors.
+            momentum: of the targets; a number, or (single and ddp alone) a float64 scalar on the device.
+        """
         ...
 
     def set_lr(self, lr: float | Tensor) -> None:
         """Sets the learning rate; a tensor (single and ddp alone) is read anew by each step, in a captured graph, too."""
-        ...
-
-    def ema(self, pairs: list[EmaPair], momentum: float | Tensor) -> None:
-        """Moves each target towards its online tensor, unless the last step was skipped.
-
-        Args:
-            momentum: a number, or (single and ddp alone) a float32 scalar on the device.
-        """
         ...
 
     def whole(self) -> AbstractContextManager[None]:

@@ -1,6 +1,7 @@
 """Several processes with a copy of the model each: torch's DistributedDataParallel."""
 
 import warnings
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastmim.contrast import Rest
 from fastmim.dist import start
+from fastmim.ema import EmaPair
 from fastmim.engine.base import EngineSpec, StepInfo, on_capture_stream
 from fastmim.engine.single import SingleEngine
 
@@ -41,7 +43,7 @@ class DdpEngine(SingleEngine):
         return nullcontext() if is_last else self.parallel.no_sync()
 
     def forward(self, batch: Batch, rng: Tensor, *rest: Rest):
-        with self._synchronized():
+        with self._synchronized(), self.rounded():
             return self.parallel(batch, rng, *rest)
 
     def backward(self, loss: Tensor) -> None:
@@ -49,9 +51,9 @@ class DdpEngine(SingleEngine):
             super().backward(loss)
         self.micro_steps += 1
 
-    def step(self) -> StepInfo:
+    def step(self, pairs: Sequence[EmaPair] = (), momentum: float | Tensor = 1.0) -> StepInfo:
         self.micro_steps = 0
-        return super().step()
+        return super().step(pairs, momentum)
 
     def discard(self) -> Tensor:
         self.micro_steps = 0

@@ -7,7 +7,7 @@ Adam one step late at stage 0, and its averages in bf16 would stall the EMA.
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -22,8 +22,7 @@ from fastmim.dist import is_main, rank, start, world_size
 from fastmim.ema import EmaPair
 from fastmim.engine.base import MODEL_FILE, OPTIMIZER_FILE, EngineSpec, Precise, Put, Source, StepInfo
 from fastmim.engine.ddp import data_parallel
-from fastmim.engine.single import MOMENTS
-from fastmim.optim import adamw, clip_gradients
+from fastmim.optim import MOMENTS, adamw, clip_gradients
 
 
 def import_deepspeed(device: torch.device):
@@ -143,7 +142,7 @@ class ZeroEngine:
         if self.micro_steps < self.spec.accumulate:
             self.engine.step()  # counts the micro-batch; updates nothing
 
-    def step(self) -> StepInfo:
+    def step(self, pairs: Sequence[EmaPair] = (), momentum: float | Tensor = 1.0) -> StepInfo:
         self.micro_steps = 0
         if self.stage == 0:
             norm = clip_gradients(self.trained, self.spec.clip)
@@ -154,6 +153,7 @@ class ZeroEngine:
             self.engine.step()
             norm = torch.as_tensor(self.engine.get_global_grad_norm(), dtype=torch.float32, device=self.device)
             self.applied = norm.isfinite()
+        self._average(pairs, momentum)
         return StepInfo(self.applied, norm)
 
     @property
@@ -166,7 +166,7 @@ class ZeroEngine:
             group["lr"] = lr
 
     @torch.no_grad()
-    def ema(self, pairs: list[EmaPair], momentum: float) -> None:
+    def _average(self, pairs: Sequence[EmaPair], momentum: float | Tensor) -> None:
         if not pairs:
             return
         kept = torch.where(self.applied, momentum, 1.0)
@@ -245,7 +245,7 @@ class ZeroEngine:
             self._load_optimizer(source)
 
     def _load_optimizer(self, source: Source) -> None:
-        base, made = self.base_optimizer, False
+        base, made, count = self.base_optimizer, False, None
         for name, parameter in self.method.named_parameters():
             if not parameter.requires_grad:
                 continue
@@ -253,15 +253,18 @@ class ZeroEngine:
             like = torch.empty(self._shape(parameter), device="meta")
             moments = {key: source.get(OPTIMIZER_FILE, f"{key}.{name}", like) for key in MOMENTS}
             if self.stage == 0:
-                base.state[parameter] = {"step": step, **moments}
+                # One count for all, see AdamW.
+                count = step if count is None else count
+                base.state[parameter] = {"step": count, **moments}
                 continue
             if not made:
                 self._make_states(float(step))
                 made = True
             self._set_moments(parameter, moments)
         if self.stage:
+            # DeepSpeed steps group by group: a count that they shared would count each.
             for state in base.state.values():
-                state["step"].fill_(float(step))
+                state["step"] = torch.full_like(state["step"], float(step))
 
     def _saved_buffers(self) -> dict[str, Tensor]:
         parameters = {name for name, _ in self.method.named_parameters()}

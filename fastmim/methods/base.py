@@ -4,7 +4,9 @@ A method is one file in this folder that defines `METHOD` (a `Method`), `Config`
 `PRESETS` (at least `demo` and `paper`). Nothing else has to be edited to add one.
 """
 
+import dataclasses
 import importlib
+import math
 import pkgutil
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple
@@ -13,7 +15,7 @@ import torch
 from fastmim_pipelines.spec import Batch, CropSpec
 from torch import Tensor, nn
 
-from fastmim.config import ConfigError, ModelSpec, nearest
+from fastmim.config import ConfigError, ModelSpec, check_range, nearest
 from fastmim.contrast import Representations
 from fastmim.conv import ConvEncoder
 from fastmim.ema import EmaPair
@@ -62,6 +64,8 @@ class Method(nn.Module):
     """What the user should know of the choices made for him; printed at the start."""
     stems: ClassVar[tuple[str, ...]] = ("patch",)
     """Values of --stem that the method can train."""
+    ungraded: ClassVar[tuple[str, ...]] = ()
+    """Trained networks that `forward` also runs without gradient, to make targets."""
     crops: tuple[CropSpec, ...]
     first_box: tuple[float, float, float, float] | None = None
     """Where in every image the crops with `uses_boxes` have their centers at first: top, left, bottom, right in shares."""
@@ -149,6 +153,23 @@ def find(name: str) -> ModuleType:
 
 
 def build(name: str, model: ModelSpec, options: Any, seed: int) -> Method:
-    """A method with its initial weights, which depend on nothing but the seed."""
+    """A method with its initial weights, which depend on nothing but the seed.
+
+    Raises:
+        ConfigError: an option is out of range.
+    """
+    check_finite(f"--{name}", options)
     torch.manual_seed(seed)
     return find(name).METHOD(model, options)
+
+
+def check_finite(prefix: str, options: Any) -> None:
+    """Raises ConfigError for the first number of a Config, or of one inside it, that is infinite or not a number."""
+    for field in dataclasses.fields(options):
+        flag, value = f"{prefix}.{field.name.replace('_', '-')}", getattr(options, field.name)
+        if dataclasses.is_dataclass(value):
+            check_finite(flag, value)
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                check_range(flag, number, -math.inf, math.inf)

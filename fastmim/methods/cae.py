@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from fastmim import savers
 from fastmim.attention import attend_tokens
-from fastmim.blocks import NORM_EPS, Block, Linear, Norm, random_drop_path, run_blocks, scaled
-from fastmim.config import SIZES, ConfigError, ModelSpec
+from fastmim.blocks import NORM_EPS, Block, Branch, Linear, Norm, random_drop_path, run_blocks
+from fastmim.config import SIZES, ConfigError, ModelSpec, check_range
 from fastmim.masking import BlockPolicy, MaskPlan
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.recompute import Recomputed, called
@@ -114,16 +114,17 @@ class RegressorBlock(Recomputed):
         """
         q, k, v = self.project_all(x, visible, position) if projected is None else projected
         # As in the source: the second residual starts from the normalized tokens.
-        x, _ = self.norm2(x, self.attn(q, k, v), self.gamma_1, None if drop is None else drop[:, 0])
-        return x + scaled(self.project(self.fc1(x), bias_gelu, self.fc2), self.gamma_2, drop, 1)
+        attended, last = (None, None) if drop is None else drop.unbind(1)
+        x, _ = self.norm2(x, Branch(self.attn(q, k, v), self.gamma_1, attended))
+        return Branch(self.project(self.fc1(x), bias_gelu, self.fc2), self.gamma_2, last).added_to(x)
 
     def project_all(self, x: Tensor, visible: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, M, D), keys and values (B, K + M, D)."""
         both = torch.cat([visible, x.to(visible.dtype)], dim=1)
-        queries, _ = self.norm_q(x, position[:, visible.shape[1] :])
+        queries, _ = self.norm_q(x, Branch(position[:, visible.shape[1] :]))
         # Values have no position, and the residual takes the queries without theirs.
         attn = self.attn
-        return attn.q(queries), attn.k(self.norm_k(both, position)[0]), attn.v(self.norm_v(both)[0])
+        return attn.q(queries), attn.k(self.norm_k(both, Branch(position))[0]), attn.v(self.norm_v(both)[0])
 
     def project_once(
         self, mask_token: Tensor, visible: Tensor, table: Tensor, plan: MaskPlan
@@ -131,10 +132,10 @@ class RegressorBlock(Recomputed):
         """The same where all queries are the mask token (1, 1, D): once per position of the table (L, D), not per image."""
         attn, batch = self.attn, len(visible)
         everywhere = mask_token.expand(1, len(table), -1)
-        queries = attn.q(self.norm_q(everywhere, table[None])[0])
+        queries = attn.q(self.norm_q(everywhere, Branch(table[None]))[0])
         token = mask_token.to(visible.dtype)
-        masked_keys = attn.k(self.norm_k(token.expand_as(everywhere), table[None])[0])
-        keys = attn.k(self.norm_k(visible, table[plan.ids_keep])[0])
+        masked_keys = attn.k(self.norm_k(token.expand_as(everywhere), Branch(table[None]))[0])
+        keys = attn.k(self.norm_k(visible, Branch(table[plan.ids_keep]))[0])
         value = attn.v(self.norm_v(token)[0]).expand(batch, plan.ids_masked.shape[1], -1)
         values = attn.v(self.norm_v(visible)[0])
 
@@ -197,6 +198,7 @@ class LatentDecoder(nn.Module):
 
 class CAE(Method):
     Config = Config
+    ungraded = ("encoder",)
 
     def __init__(self, model: ModelSpec, config: Config, tokenizer: Tokenizer | None = None):
         super().__init__(model)
@@ -218,6 +220,8 @@ class CAE(Method):
         if not 0 <= config.drop_path < 1:
             raise ConfigError(f"cae drop_path: expected 0 <= rate < 1, got {config.drop_path}")
         scale = config.layer_scale if config.layer_scale is not None else (1e-5 if is_large else 0.1)
+        check_range("--cae.layer-scale", scale, 0)
+        check_range("--cae.align-weight", config.align_weight, 0)
         values = model.patch_values if self.tokens is None else self.tokens.vocabulary
         self.encoder = Encoder(model, position="row", layer_scale=scale, key_bias=False)
         same = width == size.width
@@ -286,7 +290,9 @@ class CAE(Method):
             decoded = self.pixels.loss(pred, images, plan.ids_masked, flip=flip)
             name, measures = "pixel", {}
         else:
-            labels = self.tokens(batch, rng, flip, plan.ids_masked)
+            # Outside of autocast, as in the source: low precision changes ids.
+            with torch.autocast(images.device.type, enabled=False):
+                labels = self.tokens(batch, rng, flip, plan.ids_masked)
             decoded, accuracy = self.decoder(predicted, plan.ids_masked, drops[3], labels)
             name, measures = "token", {"mlm_acc": accuracy}
         return StepOutput(decoded + align, {name: decoded.detach(), "align": align.detach()}, measures)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastmim import dist
-from fastmim.config import ModelSpec
+from fastmim.config import ModelSpec, check_range
 from fastmim.contrast import Representations, Rest, among
 from fastmim.ema import EmaPair, module_pairs, start_target
 from fastmim.heads import ProjectionHead
@@ -60,6 +60,7 @@ class CMAE(Method):
 
     def __init__(self, model: ModelSpec, config: Config):
         super().__init__(model)
+        _check(config)
         self.config = config
         self.shift = 2 * model.patch_size - 1 if config.shift is None else config.shift
         height, width = model.image_size
@@ -152,6 +153,15 @@ class CMAE(Method):
     def reconstruct(self, images: Tensor, ids: Tensor, rng: Tensor) -> Reconstruction:
         latent, plan = self._encode(images, ids, rng)
         return self.pixels.picture(self.pixel_decoder(latent, plan.ids_restore), images, plan)
+
+
+def _check(config: Config) -> None:
+    check_range("--cmae.temperature", config.temperature, 0, low_included=False)
+    check_range("--cmae.momentum", config.momentum, 0, 1)
+    check_range("--cmae.contrast-weight", config.contrast_weight, 0)
+    check_range("--cmae.pixel-weight", config.pixel_weight, 0)
+    check_range("--cmae.shift", config.shift or 0, 0)
+    config.color.check("--cmae.color")
 
 
 METHOD = CMAE

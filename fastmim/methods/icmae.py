@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from fastmim import dist
 from fastmim.blocks import attention
-from fastmim.config import SIZES, ConfigError, ModelSpec
+from fastmim.config import SIZES, ConfigError, ModelSpec, check_range
 from fastmim.contrast import Representations, Rest, among
 from fastmim.ema import EmaPair, module_pairs, start_target
 from fastmim.heads import ClassBlocks, NormalizedHead, PositionHead
@@ -139,6 +139,7 @@ class ICMAE(Method):
     def __init__(self, model: ModelSpec, config: Config):
         super().__init__(model)
         self.config = config
+        config.color.check("--icmae.color")
         self._set_crops(config)
         self.mask = RandomPolicy(model, config.mask_ratio)
         if config.mask_share == "complement" and 2 * self.mask.num_keep > model.num_patches:
@@ -178,6 +179,7 @@ class ICMAE(Method):
             )
         weight = config.position_weight
         self.position_weight = POSITION_WEIGHT[config.position] if weight is None else weight
+        check_range("--icmae.position-weight", self.position_weight, 0)
         if config.position != "none":
             self.position_head = PositionHead(self.encoder.width, self.model.num_patches)
         self.position_drop = None
@@ -190,6 +192,10 @@ class ICMAE(Method):
         self.mixes_images = mode != "none"
         self.temperature = TEMPERATURE[mode] if config.temperature is None else config.temperature
         self.momentum_range = MOMENTUM[mode] if config.momentum is None else config.momentum
+        check_range("--icmae.temperature", self.temperature, 0, low_included=False)
+        check_range("--icmae.contrast-weight", config.contrast_weight, 0)
+        for momentum in self.momentum_range:
+            check_range("--icmae.momentum", momentum, 0, 1)
         self.targets: list[tuple[str, str]] = []  # names of (online, target)
         if mode == "none":
             return

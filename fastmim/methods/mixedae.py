@@ -188,9 +188,8 @@ class MixedAE(Method):
         return total / (patches * (members - 1))
 
     def no_decay(self, name: str, parameter: Tensor) -> bool:
-        # Vectors and biases as MAE (timm's rule), tokens as timm's `no_weight_decay` of ViTs; the segments are our
-        # choice: they take the part of a position embedding.
-        return parameter.ndim <= 1 or name.endswith(("_token", "segments.weight"))
+        # As MAE, which decays the tokens; the segments are our choice: they take the part of a position embedding.
+        return name.endswith("segments.weight") or super().no_decay(name, parameter)
 
     def reconstruct(self, images: Tensor, ids: Tensor, rng: Tensor) -> Reconstruction | None:
         """Of whole groups: images beyond the last one are left out."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastmim.blocks import attention, random_drop_path
-from fastmim.config import SIZES, ModelSpec
+from fastmim.config import SIZES, ConfigError, ModelSpec, check_range
 from fastmim.masking import CellPolicy, MaskPlan
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.targets import PixelTarget, Reconstruction
@@ -116,6 +116,9 @@ class SimMIM(Method):
 
     def __init__(self, model: ModelSpec, config: Config):
         super().__init__(model)
+        check_range("--simmim.layer-scale", config.layer_scale, 0)
+        if not 0 <= config.drop_path < 1:
+            raise ConfigError(f"--simmim.drop-path: expected 0 <= rate < 1, got {config.drop_path}")
         self.crops = (CropSpec(size=model.image_size, scale=config.crop_scale),)
         # 19 of 49 cells stay visible at 0.6: the source masks ceil(0.6 x 49) = 30.
         self.mask = CellPolicy(model, config.mask_ratio, config.mask_cell)

@@ -32,8 +32,8 @@ POINTS = {
     "step:forward": ("fastmim.step:StepProgram.forward",),
     "step:backward": ("fastmim.engine.single:SingleEngine.backward", "fastmim.engine.zero:ZeroEngine.backward"),
     "step:update": ("fastmim.trainer:Trainer._settle",),
-    "step:ema": ("fastmim.engine.single:SingleEngine.ema", "fastmim.engine.zero:ZeroEngine.ema"),
-    "evaluate": ("fastmim.session:Session._knn",),
+    "step:optimizer": ("fastmim.engine.single:SingleEngine.step", "fastmim.engine.zero:ZeroEngine.step"),
+    "evaluate": ("fastmim.observing:Observer.knn",),
     "log:write": ("fastmim.metrics:MetricsFile.write",),
 }
 SIGNALS = {

@@ -73,7 +73,7 @@ def test_a_run_on_two_hosts_survives_the_loss_of_either(hosts, tmp_path):
     out = tmp_path / hosts.hosts[0].name
     reached = 0
     for launcher, flags, victim in (("torchrun", [], 1), ("deepspeed", ["--zero", "2"], 0)):
-        both = launch(hosts, launcher, tmp_path, images, *flags, FASTMIM_FAULT="step:ema:sleep=0.1@1+")
+        both = launch(hosts, launcher, tmp_path, images, *flags, FASTMIM_FAULT="step:optimizer:sleep=0.1@1+")
         wait_until(has_saved(out, reached + 2), f"{launcher} trains", tmp_path, both)
         hosts.cut_power(both[victim])
         other = both[1 - victim]

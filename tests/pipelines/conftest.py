@@ -1,7 +1,6 @@
 """Real JPEG files to read, a small demo set drawn once per session; what a test starts or finds in the environment."""
 
 import multiprocessing
-import os
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,13 +29,3 @@ def children() -> Callable[[], list[BaseProcess]]:
 def unforced(monkeypatch):
     """Whatever the environment says, the decoder is chosen."""
     monkeypatch.delenv(native_decode.VARIABLE, raising=False)
-
-
-@pytest.fixture(scope="session")
-def photographs() -> Path:
-    """Folder of real photographs in class folders, where there is one."""
-    beside = Path(__file__).resolve().parents[2].parent / "shared"
-    folder = Path(os.environ.get("FASTMIM_SHARED", beside)) / "data" / "photos"
-    if not folder.is_dir():
-        pytest.skip(f"no photographs at {folder}; set FASTMIM_SHARED")
-    return folder

@@ -62,7 +62,7 @@ def test_folder_pixels_are_pillows_resize_of_the_sampled_box(demo_set, loader_of
 
 
 def test_folder_of_photographs_is_read(photographs, loader_of):
-    batches = take(loader_of(photographs, (CropSpec((224, 224)),), batch_size=16, workers=1))
+    batches = take(loader_of(photographs / "photos", (CropSpec((224, 224)),), batch_size=16, workers=1))
     assert len(batches) == 3 and all(batch.crops[0].float().std() > 20 for batch in batches)
 
 

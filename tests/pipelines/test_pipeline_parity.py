@@ -162,7 +162,7 @@ def write(table: dict[str, dict[str, tuple[float, float, int]]]) -> None:
 
 @pytest.fixture(params=["drawn", "photographs"])
 def pictures(request, demo_set) -> tuple[str, FolderIndex]:
-    folder = demo_set / "train" if request.param == "drawn" else request.getfixturevalue("photographs")
+    folder = demo_set / "train" if request.param == "drawn" else request.getfixturevalue("photographs") / "photos"
     index = FolderIndex(folder)
     return f"{len(index)} {'drawn pictures' if request.param == 'drawn' else 'photographs'}", index
 

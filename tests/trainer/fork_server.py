@@ -10,9 +10,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
+
+from trainer_run import free_port
 
 
 class Ranks:
@@ -22,7 +25,7 @@ class Ranks:
         self.server, self.pids, self.log = server, pids, log
         self.codes: list[int] | None = None
 
-    def wait(self, limit_s: float = 120, grace_s: float = 120) -> list[int]:
+    def wait(self, limit_s: float = 240, grace_s: float = 120) -> list[int]:
         """Exit codes by rank (-N: ended by signal N).
 
         Args:
@@ -32,6 +35,11 @@ class Ranks:
         if self.codes is None:
             self.codes = self.server.ask({"wait": self.pids, "limit_s": limit_s, "grace_s": grace_s})
         return self.codes
+
+    def expect(self, code: int = 0) -> str:
+        """Waits for the job, which all its processes must leave with `code`; returns what they said."""
+        assert self.wait() == [code] * len(self.pids), self.said()
+        return self.said()
 
     def is_running(self) -> bool:
         return any(map(self.is_alive, range(len(self.pids))))
@@ -55,6 +63,8 @@ class Server:
     """Its process must not outlive a failed test for long: it ends with its input, too."""
 
     def __init__(self, environment: dict[str, str], cwd: Path):
+        self.logs = tempfile.TemporaryDirectory(prefix="fastmim-logs-")
+        self.count = 0
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
@@ -70,19 +80,22 @@ class Server:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, argv: list[str], log: Path, *, world: int = 1, port: int = 0, **env: str) -> Ranks:
+    def start(self, argv: list[str], *, world: int = 1, **env: str) -> Ranks:
         """A job of `fastmim ARGV`, or of `--call MODULE FUNCTION ARGUMENTS`; environment variables may be given."""
-        ranks = [
-            {"RANK": r, "LOCAL_RANK": r, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port} | env
-            for r in range(world)
-        ]
-        ranks = [{k: str(v) for k, v in each.items()} for each in ranks]
-        log.parent.mkdir(parents=True, exist_ok=True)
+        common = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": free_port()} | env
+        ranks = [{k: str(v) for k, v in ({"RANK": r, "LOCAL_RANK": r} | common).items()} for r in range(world)]
+        log = Path(self.logs.name, str(self.count))
+        self.count += 1
         return Ranks(self, self.ask({"argv": argv, "ranks": ranks, "log": str(log)}), log)
+
+    def run(self, argv: list[str], *, world: int = 1, code: int = 0, **env: str) -> str:
+        """A job from start to end: see `start` and `Ranks.expect`."""
+        return self.start(argv, world=world, **env).expect(code)
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.logs.cleanup()
 
 
 def _child(argv: list[str], env: dict[str, str], log: str) -> None:
@@ -93,8 +106,6 @@ def _child(argv: list[str], env: dict[str, str], log: str) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.environ.update({"MASTER_ADDR": "127.0.0.1", **env})
-    if env.get("MASTER_PORT") == "0":
-        del os.environ["MASTER_PORT"]
     code = 1
     try:
         from fastmim.boot import prepare_process
@@ -140,12 +151,15 @@ def _serve() -> None:
     import torch
 
     import fastmim.session  # noqa: F401
+    from fastmim import cli
     from fastmim.engine.zero import import_deepspeed
     from fastmim.methods import base
 
     for name in base.available():
         base.find(name)
     import_deepspeed(torch.device("cpu"))
+    # No launcher here ends the others with the first one: rank 0 has the time to say why.
+    cli.GRACE_SECONDS = 0
     print("ready", flush=True)
     for line in sys.stdin:
         request = json.loads(line)

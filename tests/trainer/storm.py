@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fork_server import Server
 from safetensors.torch import load_file
-from trainer_run import ROOT, TINY, environment, free_port, metrics, write_images
+from trainer_run import ROOT, TINY, environment, metrics, write_images
 
 STEPS, SAVE_EVERY = 24, 2
 # (name, processes, flags, share of the kills)
@@ -29,7 +29,7 @@ JOBS = [
 ]
 POINTS = {
     "save:begin": 8, "save:write": 30, "save:fsync": 40, "save:rename": 8, "save:latest": 8, "save:delete": 6,
-    "step:forward": 10, "step:update": 10, "step:ema": 10, "log:write": 10,
+    "step:forward": 10, "step:update": 10, "step:optimizer": 10, "log:write": 10,
 }  # fmt: skip
 # For a run of seconds; what takes longer hangs.
 LIMIT_S = 300
@@ -65,14 +65,20 @@ def last_checkpoint(out: Path) -> Path:
 
 def differences(out: Path, straight: Path) -> list[str]:
     """Names of tensors and lines of metrics that differ in any bit, but for times."""
-    found = []
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        ours, theirs = load_file(last_checkpoint(out) / name), load_file(last_checkpoint(straight) / name)
-        found += [f"{name}: {key}" for key in theirs if key not in ours or not ours[key].equal(theirs[key])]
-    strip = [[{k: v for k, v in r.items() if k not in TIMED} for r in metrics(o)] for o in (out, straight)]
-    if strip[0] != strip[1]:
-        found.append("metrics.jsonl")
-    return found
+    ours, theirs = (
+        {
+            f"{path.name}: {key}": tensor
+            for path in last_checkpoint(o).glob("*.safetensors")
+            for key, tensor in load_file(path).items()
+        }
+        for o in (out, straight)
+    )
+    assert any(name.startswith("model") for name in theirs) and any(name.startswith("optimizer") for name in theirs)
+    found = sorted(ours.keys() ^ theirs.keys()) + [
+        name for name in ours.keys() & theirs.keys() if not ours[name].equal(theirs[name])
+    ]
+    lines = [[{k: v for k, v in r.items() if k not in TIMED} for r in metrics(o)] for o in (out, straight)]
+    return found if lines[0] == lines[1] else [*found, "metrics.jsonl"]
 
 
 def unfinished(checkpoints: Path) -> bool:
@@ -127,10 +133,9 @@ def _storm_job(
     progress: Callable[[str], None],
 ) -> None:
     name, folder = tally.name, root / re.sub(r"\W", "", tally.name)
-    straight, out, log = folder / "straight", folder / "run", folder / "log"
+    straight, out = folder / "straight", folder / "run"
     began = time.monotonic()
-    job = server.start([*argv, "--out", str(straight)], folder / "straight.log", world=world, port=free_port())
-    assert job.wait() == [0] * world, job.said()
+    server.run([*argv, "--out", str(straight)], world=world)
     length = time.monotonic() - began
     argv, was_killed = [*argv, "--out", str(out), "--resume", "auto"], False
     while True:
@@ -143,8 +148,7 @@ def _storm_job(
         fault = (
             {} if point is None or calm else {"FASTMIM_FAULT": f"{point}:kill@{rng.randint(1, POINTS[point])}#{victim}"}
         )
-        log.unlink(missing_ok=True)
-        job = server.start(argv, log, world=world, port=free_port(), **fault)
+        job = server.start(argv, world=world, **fault)
         if point is None and not calm:
             time.sleep(rng.uniform(0, length))
             if job.is_alive(victim):

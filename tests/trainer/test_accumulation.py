@@ -1,17 +1,14 @@
 """N accumulated micro-batches give the losses and gradients of one big batch, for every method, engine and rank."""
 
-import functools
-import os
-import tempfile
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from fastmim_pipelines.spec import Batch
-from slow_reference import model_spec, scramble
+from slow_reference import SMALL, model_spec, scramble
 from trainer_run import TINY
 
+from fastmim import dist
 from fastmim.cli import run as run_command
 from fastmim.config import SIZES, Size, TrainConfig
 from fastmim.contrast import Representations, among, join
@@ -21,7 +18,6 @@ from fastmim.methods import base
 from fastmim.metrics import Display, Meter
 from fastmim.trainer import Trainer
 
-SMALL = Size(48, 2, 3)
 IMAGES = 32
 OPTIONS = {
     "cae": dict(mask_ratio=0.5, regressor_depth=1, decoder_depth=1),
@@ -39,7 +35,7 @@ ENGINES = {"cmae": [("ddp", 0), *(("zero", stage) for stage in range(4))], "icma
 class Recorded(SingleEngine):
     """Keeps the gradient of each step and changes no weight."""
 
-    def step(self):
+    def step(self, pairs=(), momentum=1.0):
         self.gradients = {n: p.grad.clone() for n, p in self.method.named_parameters() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(list(self.gradients.values()))
         self.optimizer.zero_grad(set_to_none=True)
@@ -100,11 +96,6 @@ def distance(gradients: dict, expected: dict) -> float:
     return float((error / sum(e.double().square().sum() for e in expected.values())).sqrt())
 
 
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", SMALL)
-
-
 # ---- one process
 
 
@@ -162,16 +153,10 @@ def test_methods_that_cannot_represent_say_so():
 # ---- two processes, every engine
 
 
-def _on_rank(rank: int, folder: str) -> None:
-    """One of two gloo processes: a step of each engine with 2 micro-batches, gradients to a file."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    SIZES["vit_tiny"] = SMALL
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
+def record_two_ranks(folder: str) -> None:
+    """In each of two processes: a step of each engine with 2 micro-batches, gradients to a file."""
+    dist.start(torch.device("cpu"))
+    SIZES["vit_tiny"], rank = Size(*SMALL), dist.rank()
     results = {}
     for name in ENGINES:
         for kind, stage in ENGINES[name]:
@@ -181,19 +166,18 @@ def _on_rank(rank: int, folder: str) -> None:
             share = Batch(tuple(crop[half] for crop in whole.crops), whole.ids[half])
             gradients, step = {}, engine.step
 
-            def recorded(engine=engine, gradients=gradients, step=step, stage=stage):
+            def recorded(*args, engine=engine, gradients=gradients, step=step, stage=stage):
                 for n, p in engine.method.named_parameters():
                     if p.requires_grad:
                         gradients[n] = full_gradient(p, stage)
-                return step()
+                return step(*args)
 
             engine.step = recorded
             config = TrainConfig(batch_size=IMAGES, accumulate=2, steps=1)
             results[name, kind, stage] = take_step(engine, share, config), gradients
-    if rank == 0:
+    if dist.is_main():
         torch.save(results, f"{folder}/results.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    dist.finish()
 
 
 def full_gradient(parameter: torch.Tensor, stage: int) -> torch.Tensor:
@@ -204,18 +188,18 @@ def full_gradient(parameter: torch.Tensor, stage: int) -> torch.Tensor:
     return safe_get_full_grad(parameter).float().clone()
 
 
-@functools.cache
-def two_ranks() -> dict:
-    """What `_on_rank` found; the processes run once."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_on_rank, (folder,), nprocs=2)
-        return torch.load(Path(folder) / "results.pt")
+@pytest.fixture(scope="module")
+def two_ranks(server, tmp_path_factory) -> dict:
+    """What `record_two_ranks` found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    server.run(["--call", "test_accumulation", "record_two_ranks", str(folder)], world=2)
+    return torch.load(folder / "results.pt")
 
 
 @pytest.mark.parametrize("name, kind, stage", [(name, *engine) for name in ENGINES for engine in ENGINES[name]])
-def test_micro_batches_on_two_ranks_equal_one_batch(small, name, kind, stage):
+def test_micro_batches_on_two_ranks_equal_one_batch(small, two_ranks, name, kind, stage):
     measured, expected = run(name, OPTIONS[name], 1)
-    values, gradients = two_ranks()[name, kind, stage]
+    values, gradients = two_ranks[name, kind, stage]
     assert values == pytest.approx(measured, rel=2e-6, abs=1e-7)
     assert distance(gradients, expected) < 1e-6
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from fastmim_pipelines.spec import DataError
-from trainer_run import TINY, free_port, losses
+from trainer_run import TINY, losses
 
 from fastmim.agreement import agreed, judge
 from fastmim.arguments import parse_train
@@ -30,13 +30,12 @@ def run_my_own(commands: str) -> None:
 
 
 @pytest.fixture
-def start(server, tmp_path):
-    """Starts one process per command; returns the job."""
-    count = iter(range(99))
+def run(server):
+    """Runs one process per command, which all shall end with `code`; returns what they said."""
 
-    def run(*commands: list[str], **env: str):
+    def run(*commands: list[str], code: int = 0, **env: str) -> str:
         call = ["--call", "test_agreement", "run_my_own", json.dumps(commands)]
-        return server.start(call, tmp_path / f"log{next(count)}", world=len(commands), port=free_port(), **env)
+        return server.run(call, world=len(commands), code=code, **env)
 
     return run
 
@@ -49,12 +48,11 @@ def start(server, tmp_path):
     ],
     ids=["other engine", "no data"],
 )
-def test_a_process_that_was_started_otherwise_is_named_and_ends_all(images, start, tmp_path, own, words):
+def test_a_process_that_was_started_otherwise_is_named_and_ends_all(images, run, tmp_path, own, words):
     both = arguments(images, tmp_path / "run")
-    job = start(both, [*both, *own])
-    assert job.wait() == [2, 2], job.said()
-    errors = [line for line in job.said().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and re.search(words, errors[0]), job.said()
+    said = run(both, [*both, *own], code=2)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and re.search(words, errors[0]), said
     assert not (tmp_path / "run").exists()
 
 
@@ -135,13 +133,12 @@ def test_the_first_problem_keeps_its_exit_code_on_all_ranks(monkeypatch):
         agreed(lambda: 1 / 0)
 
 
-def test_what_only_rank_0_may_know_ends_all_of_them(images, start, tmp_path):
+def test_what_only_rank_0_may_know_ends_all_of_them(images, run, tmp_path):
     """The folder of the run is on its host alone, and its config is damaged."""
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "config.yaml").write_text("- not\n- settings\n")
-    job = start(*(arguments(images, tmp_path / side, "--resume") for side in "ab"))
-    assert job.wait() == [2, 2], job.said()
-    assert job.said().count("error: ") == 1 and "`name: value` lines" in job.said(), job.said()
+    said = run(*(arguments(images, tmp_path / side, "--resume") for side in "ab"), code=2)
+    assert said.count("error: ") == 1 and "`name: value` lines" in said, said
 
 
 @pytest.mark.parametrize(
@@ -153,7 +150,7 @@ def test_what_only_rank_0_may_know_ends_all_of_them(images, start, tmp_path):
     ],
     ids=["mae", "icmae"],
 )
-def test_a_run_goes_on_as_rank_0s_folder_says(images, start, tmp_path, method):
+def test_a_run_goes_on_as_rank_0s_folder_says(images, run, tmp_path, method):
     """Hosts with folders of their own: what the first command said, and what was saved, is on the first host alone."""
     name = method[0][2:].partition(".")[0]
 
@@ -164,14 +161,11 @@ def test_a_run_goes_on_as_rank_0s_folder_says(images, start, tmp_path, method):
 
     shutil.copytree(images, tmp_path / "images")
     first = ["--zero", "2", "--seed", "5"]
-    job = start(*both(*first), FASTMIM_FAULT="step:ema:term@5")
-    assert job.wait() == [75, 75], job.said()
-    job = start(*both("--resume"))
-    assert job.wait() == [0, 0], job.said()
-    assert "ZeRO stage 2" in job.said() and re.search("resumed at step [56] of 8", job.said())
+    run(*both(*first), code=75, FASTMIM_FAULT="step:optimizer:term@5")
+    said = run(*both("--resume"))
+    assert "ZeRO stage 2" in said and re.search("resumed at step [56] of 8", said)
     assert not (tmp_path / "b").exists()
-    job = start(*both(*first, "--out", str(tmp_path / "straight")))
-    assert job.wait() == [0, 0], job.said()
+    run(*both(*first, "--out", str(tmp_path / "straight")))
     assert len(losses(tmp_path / "a")) == 8 and losses(tmp_path / "a") == losses(tmp_path / "straight")
 
 

@@ -27,6 +27,7 @@ FROZEN = [
     "--engine",
     "--epochs",
     "--exclude",
+    "--fp8",
     "--graph",
     "--hang-after",
     "--image-size",

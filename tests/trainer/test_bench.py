@@ -32,8 +32,8 @@ def step(monkeypatch):
         presets = methods.find(name).PRESETS
         options = replace(presets["paper"].options, decoder_width=32, decoder_heads=4, **sizes)
         monkeypatch.setitem(presets, "paper", presets["paper"]._replace(options=options))
-    module = importlib.import_module("bench_step")
-    monkeypatch.setattr(module, "ceilings", lambda: CEILING | module.machine())
+    machine, module = (importlib.import_module(name) for name in ("machine", "bench_step"))
+    monkeypatch.setattr(machine, "ceilings", lambda: CEILING | machine.machine())
     return module
 
 
@@ -80,6 +80,9 @@ def test_ways_agree_are_counted_and_missing_ones_are_said(step, tmp_path, capsys
     assert ways["ours"]["host_syncs"] == 0 and ways["official"]["host_syncs"] == 1
     assert ways["ours"]["launches"] < min(ways["plain"]["launches"], ways["official"]["launches"])
     assert 0 < ways["ours"]["saved_mib"] <= ways["official"]["saved_mib"]
+    assert ways["ours"]["backend"] == step.ours_on()
+    assert ways["ours"]["slower"] == 1.0 and len(ways["plain"]["rounds_ms"]) == ways["plain"]["n"] == 3
+    assert found[0]["suite"] == found[-1]["suite"] == "ceiling" and found[-1]["drift"] == 0.0
     assert ways["ours"]["other_batch"] == 8 and ways["ours"]["other_ms"] > 0 and "other_ms" not in ways["plain"]
     missing = {r["provider"]: r["why"] for r in found if r["suite"] == "missing"}
     assert missing == {"timm": "no_such_package is not installed", "hf": "hf has mae alone"}
@@ -143,11 +146,25 @@ def test_kernels_and_waits_are_told_apart(step):
 
 
 def test_profile_has_the_products_of_a_step(step):
-    """A step of ours: the rows are sorted, and shares of one whole."""
-    rows = importlib.import_module("profile_step").top(case(step, "mae"), "ours")
+    """A step of ours: the rows are sorted, shares of one whole, which is that of the kinds."""
+    found = importlib.import_module("profile_step").profiled(case(step, "mae"), "ours")
+    rows, whole = found["top"], sum(found["kinds"].values())
     assert [r["ms"] for r in rows] == sorted((r["ms"] for r in rows), reverse=True)
-    assert 0.3 < sum(r["share"] for r in rows) <= 1.0 + 1e-9
-    assert any("mm" in r["name"] or "linear" in r["name"] for r in rows)
+    assert all(r["ms"] == pytest.approx(r["share"] * whole) for r in rows) and found["step_ms"] > 0
+    assert {"products", "attention", "norms", "optimizer"} < set(found["kinds"]) and found["products_tflops"] > 0
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("aten::addmm", "products"), ("nvjet_hsh_128x256_64x4_2x1_v_bz_coopB_NNT", "products"), ("fastmim::linear_backward", "products"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"), ("aten::_softmax", "attention"),
+    ("void at::native::vectorized_elementwise_kernel<4, GeluFunctor>", "activations"), ("aten::gelu_backward", "activations"),
+    ("fastmim::add_layer_norm", "norms"), ("fastmim::restore_tokens", "masks, views, losses"), ("aten::copy_", "copies"),
+    ("aten::convolution_backward", "convolutions"), ("aten::_fused_adamw_", "optimizer"), ("aten::linalg_vector_norm", "optimizer"),
+    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>", "optimizer"), ("aten::mul", "pointwise and sums"),
+    ("fastmim::linear_cross_entropy", "masks, views, losses"), ("aten::empty", "starting operations, and others"),
+])  # fmt: skip
+def test_operations_have_a_kind(step, name, kind):
+    assert importlib.import_module("profile_step").kind_of(name) == kind
 
 
 # ---- the command

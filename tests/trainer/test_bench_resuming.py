@@ -60,12 +60,14 @@ def test_kernels_leave_out_what_the_file_has(bench, tmp_path, monkeypatch):
     kernels = bench("bench_kernels")
     op, case, device = next(p.values for p in kernels.RUNS if p.values[0] == "masks")
     monkeypatch.setattr(kernels, "CALLS", 3)
-    path = tmp_path / "kernels.jsonl"
-    kernels.bench_op(op, case, device, kernels.Points(path), monkeypatch)
+    path, told = tmp_path / "kernels.jsonl", []
+    kernels.bench_op(op, case, device, kernels.Points(path), monkeypatch, lambda *args: told.append(args))
     (record,) = kernels.Points(path).records
     assert record["n"] == 3 and record["ms"]["reference"] > 0 and record["function"] == case.function
+    ((seconds, ways),) = told
+    assert len(seconds) == 3 and ways["reference"] == pytest.approx(record["ms"]["reference"] / 1e3)
     with pytest.raises(pytest.skip.Exception, match="has it already"):
-        kernels.bench_op(op, case, device, kernels.Points(path), monkeypatch)
+        kernels.bench_op(op, case, device, kernels.Points(path), monkeypatch, None)
 
 
 def test_gpu_kernels_leave_out_what_the_file_has(bench, tmp_path, monkeypatch, capsys):
@@ -82,7 +84,7 @@ def test_gpu_kernels_leave_out_what_the_file_has(bench, tmp_path, monkeypatch, c
     assert record["cases"] > 5 and record["wrong"] == 0
     for _ in range(2):
         assert kernels.compare(["gather"], ["native", "eager"], 60, kernels.Points(path)) == 0
-    assert [r["suite"] for r in kernels.Points(path).records] == ["check", "gpu kernels"]
+    assert [r["suite"] for r in kernels.Points(path).records] == ["check", "ceiling", "gpu kernels", "ceiling"]
 
 
 def test_a_wrong_kernel_fails_the_check(bench, tmp_path, monkeypatch):
@@ -148,5 +150,23 @@ def test_whole_runs_go_on_with_the_run_that_is_missing(bench, tmp_path, monkeypa
         else:
             e2e.run(tmp_path, "photos", e2e.SMALL, 9, e2e.Points(path))
     assert ["--data" in flags for flags in runs] == [True, False, False]
-    ((real, bare),) = bench("report").e2e_pairs(e2e.Points(path).records)
+    ((real, bare),) = bench("run_report").e2e_pairs(e2e.Points(path).records)
     assert real["images_per_s"] == 90.0 and bare["images_per_s"] == 100.0
+
+
+def test_pytest_benchmark_gets_the_times(tmp_path):
+    """What was measured in turns, round by round; without the plugin the same file runs all the same."""
+    case = tmp_path / "bench_case.py"
+    case.write_text("def bench_case(told):\n    told([0.25, 0.75, 0.5], {'ours': 0.5, 'eager': 2.0})\n")
+    (tmp_path / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
+    (tmp_path / "pytest.ini").write_text("[pytest]\npython_files = bench_*.py\npython_functions = bench_*\n")
+    path, has_plugin = tmp_path / "f.json", importlib.util.find_spec("pytest_benchmark") is not None
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(case)]
+    done = subprocess.run(
+        [*command, *[f"--benchmark-json={path}"] * has_plugin], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+    if has_plugin:
+        (found,) = json.loads(path.read_text())["benchmarks"]
+        assert found["stats"]["median"] == pytest.approx(0.5) and found["stats"]["max"] == pytest.approx(0.75)
+        assert found["stats"]["rounds"] == 3 and found["extra_info"]["seconds"] == {"ours": 0.5, "eager": 2.0}

@@ -1,6 +1,7 @@
 """Durations, exact counts, and the checks before a run."""
 
 import dataclasses
+import math
 
 import pytest
 
@@ -51,10 +52,18 @@ def test_count_kept_suggests_the_largest_ratio():
         ({"batch_size": 10, "accumulate": 4}, 1, "got 10; take 8 or 12"),
         ({"epochs": 1.0, "steps": 3}, 1, "expected one of them, got both"),
         ({"epochs": None}, 1, "expected one of them, got none"),
-        ({"batch_size": 0}, 1, "--batch-size: expected a positive number, got 0"),
-        ({"keep": 0}, 1, "--keep: expected a positive number"),
+        ({"batch_size": 0}, 1, "--batch-size: expected at least 1, finite, got 0"),
+        ({"keep": 0}, 1, "--keep: expected at least 1"),
+        ({"lr": math.nan}, 1, "--lr: expected at least 0, finite, got nan"),
+        ({"betas": (1.0, 2.0)}, 1, "--betas: expected a number in 0 .. 1, got 2"),
+        ({"betas": (0.9, 1.0)}, 1, "--betas: expected numbers below 1"),
+        ({"clip": 0.0}, 1, "--clip: expected a finite number above 0, got 0"),
+        ({"workers": -1}, 1, "--workers: expected at least 0"),
+        ({"seed": 10**400}, 1, "--seed: expected a number in 0 .. 9.2"),
+        ({"in_chans": 0}, 1, "--in-chans: expected at least 1"),
+        ({"warmup_start": -2.0}, 1, "--warmup-start: expected a number in 0 .. 1, got -2"),
         ({"in_chans": 5, "mean": (0.5,)}, 1, "--mean: expected 5 values"),
-        ({"std": (1.0, 0.0, 1.0)}, 1, "--std: expected positive values"),
+        ({"std": (1.0, 0.0, 1.0)}, 1, "--std: expected a finite number above 0, got 0"),
         ({"engine": "ddp", "zero": 1}, 1, "--zero 1: expected --engine zero or auto"),
         ({"engine": "single"}, 2, "--engine single: expected 1 process, got 2"),
         ({"save_every": "weekly"}, 1, "--save-every: expected epochs"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from trainer_run import TINY, free_port, losses
+from trainer_run import TINY, losses
 
 from fastmim.engine.base import choose, state_bytes
 
@@ -21,8 +21,7 @@ def arguments(images: Path, out: Path, steps: int, *extra: str, method: str = "c
 def straight(images, server, tmp_path_factory) -> list[float]:
     """Losses of 20 steps of one plain process."""
     out = tmp_path_factory.mktemp("straight") / "run"
-    job = server.start(arguments(images, out, 20), out.parent / "log")
-    assert job.wait() == [0], job.said()
+    server.run(arguments(images, out, 20))
     return losses(out)
 
 
@@ -42,28 +41,24 @@ def straight(images, server, tmp_path_factory) -> list[float]:
 )
 def test_twenty_steps_have_the_losses_of_one_plain_process(images, server, straight, tmp_path, world, flags):
     out = tmp_path / "run"
-    job = server.start(arguments(images, out, 20, *flags), tmp_path / "log", world=world, port=free_port())
-    assert job.wait() == [0] * world, job.said()
+    server.run(arguments(images, out, 20, *flags), world=world)
     assert losses(out) == pytest.approx(straight, rel=1e-6)
 
 
 def test_two_one_four_processes_across_engines_are_the_straight_run(images, server, tmp_path):
     """2 processes of ZeRO-2, one plain process, 4 processes of ZeRO-3: 50 steps with the losses of one process."""
     straight, out = tmp_path / "straight", tmp_path / "run"
-    job = server.start(arguments(images, straight, 50, method="mae"), tmp_path / "log")
-    assert job.wait() == [0], job.said()
+    server.run(arguments(images, straight, 50, method="mae"))
     # Rank 1 alone is told to stop: the agreement takes one more step.
     stages = [
-        (2, ["--zero", "2"], "step:ema:term@18#1", 19),
-        (1, [], "step:ema:usr1@16", 35),
+        (2, ["--zero", "2"], "step:optimizer:term@18#1", 19),
+        (1, [], "step:optimizer:usr1@16", 35),
         (4, ["--zero", "3"], "", 50),
     ]
-    for i, (world, flags, fault, end) in enumerate(stages):
+    for world, flags, fault, end in stages:
         argv = arguments(images, out, 50, "--resume", "auto", *flags, method="mae")
-        env = {"FASTMIM_FAULT": fault} if fault else {}
-        job = server.start(argv, tmp_path / f"log{i}", world=world, port=free_port(), **env)
-        assert job.wait() == [75 if fault else 0] * world, job.said()
-        assert f"step {end}/50" in job.said() and f"step {end + 1}/50" not in job.said()
+        said = server.run(argv, world=world, code=75 if fault else 0, FASTMIM_FAULT=fault)
+        assert f"step {end}/50" in said and f"step {end + 1}/50" not in said
     assert losses(out) == pytest.approx(losses(straight), rel=1e-6)
 
 
@@ -115,8 +110,7 @@ def save_all_load_all(folder: str) -> None:
         for step in range(2):
             out = engine.forward(next(batches), torch.tensor([0, step]))
             engine.backward(out.loss)
-            engine.step()
-            engine.ema(pairs, 0.9)
+            engine.step(pairs, 0.9)
         save(engine, root / name)
     for to in names:
         engine = build(to)
@@ -130,8 +124,7 @@ def save_all_load_all(folder: str) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_every_engine_loads_what_every_engine_saved_bit_for_bit(server, tmp_path, world):
     argv = ["--call", "test_elastic", "save_all_load_all", str(tmp_path / "states")]
-    job = server.start(argv, tmp_path / "log", world=world, port=free_port())
-    assert job.wait(280) == [0] * world, job.said()
+    server.run(argv, world=world)
     names = [name for name in NAMES if world == 1 or name != "single"]
     for came_from in names:
         for file in ("model.safetensors", "optimizer.safetensors"):

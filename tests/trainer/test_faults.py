@@ -36,7 +36,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 from storm import differences, last_checkpoint
-from trainer_run import ROOT, TINY, command, environment, free_port, metrics
+from trainer_run import ROOT, TINY, command, environment, metrics
 
 from fastmim.config import ConfigError
 from fastmim.testing import faults
@@ -56,22 +56,18 @@ def straight(images, server, tmp_path_factory) -> dict[int, Path]:
     outs = {}
     for world in (1, 2):
         outs[world] = tmp_path_factory.mktemp("straight") / "run"
-        job = server.start(arguments(images, outs[world]), outs[world].parent / "log", world=world, port=free_port())
-        assert job.wait() == [0] * world, job.said()
+        server.run(arguments(images, outs[world]), world=world)
     return outs
 
 
 @pytest.fixture
 def start(images, server, tmp_path):
     """Starts the run in tmp_path/run; returns the job."""
-    count = iter(range(99))
 
-    def run(*extra: str, world: int = 1, fault: str = "", **env: str):
-        env = env | ({"FASTMIM_FAULT": fault} if fault else {})
-        log = tmp_path / f"log{next(count)}"
-        return server.start(arguments(images, tmp_path / "run", *extra), log, world=world, port=free_port(), **env)
+    def start(*extra: str, world: int = 1, fault: str = ""):
+        return server.start(arguments(images, tmp_path / "run", *extra), world=world, FASTMIM_FAULT=fault)
 
-    return run
+    return start
 
 
 def wait_for(text: str, job, *, permitted: bool = False) -> None:
@@ -93,26 +89,22 @@ def wait_for(text: str, job, *, permitted: bool = False) -> None:
      "save:latest:enospc@2", "save:delete:eio@1"],
 )  # fmt: skip
 def test_a_failed_save_is_reported_and_training_goes_on(start, straight, tmp_path, fault):
-    job = start(fault=fault)
-    assert job.wait() == [0], job.said()
-    assert re.search(r"warning   the checkpoint of step \d+ failed \(1 of 3\): .*; training goes on", job.said())
+    said = start(fault=fault).expect()
+    assert re.search(r"warning   the checkpoint of step \d+ failed \(1 of 3\): .*; training goes on", said), said
     assert not differences(tmp_path / "run", straight[1])
     assert not list((tmp_path / "run" / "checkpoints").glob("*tmp*"))
 
 
 def test_three_failed_saves_in_a_row_end_the_run_and_the_last_good_one_continues(start, straight, tmp_path):
-    job = start(fault="save:rename:enospc@2+")
-    assert job.wait() == [6], job.said()
-    assert "(2 of 3)" in job.said() and "3 saves in a row failed; make room in" in job.said()
-    assert "continue with --resume from step 2" in job.said()
-    job = start("--resume")
-    assert job.wait() == [0] and "resumed at step 2" in job.said(), job.said()
+    said = start(fault="save:rename:enospc@2+").expect(6)
+    assert "(2 of 3)" in said and "3 saves in a row failed; make room in" in said
+    assert "continue with --resume from step 2" in said
+    assert "resumed at step 2" in start("--resume").expect()
     assert not differences(tmp_path / "run", straight[1])
 
 
 def test_the_last_save_must_succeed(start):
-    job = start("--save-every", "100", fault="save:write:enospc@30")
-    assert job.wait() == [6] and "it was the last one" in job.said(), job.said()
+    assert "it was the last one" in start("--save-every", "100", fault="save:write:enospc@30").expect(6)
 
 
 def test_a_disk_that_is_really_full_gets_space_again(images, server, straight, tmp_path):
@@ -125,23 +117,21 @@ def test_a_disk_that_is_really_full_gets_space_again(images, server, straight, t
     try:
         (disk / "filler").write_bytes(bytes(34 << 20))
         argv = arguments(images, disk / "run", "--keep", "1")
-        job = server.start(argv, tmp_path / "log", FASTMIM_FAULT="step:ema:sleep=0.1@1+")
+        job = server.start(argv, FASTMIM_FAULT="step:optimizer:sleep=0.1@1+")
         end = time.monotonic() + 60
         while "No space left on device" not in job.said():
             assert job.is_running() and time.monotonic() < end, job.said()
             time.sleep(0.05)
         (disk / "filler").unlink()
-        assert job.wait() == [0], job.said()
-        assert "(1 of 3): [Errno 28]" in job.said()
+        assert "(1 of 3): [Errno 28]" in job.expect()
         assert not differences(disk / "run", straight[1])
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_metrics_that_cannot_be_written_do_not_end_the_run(start, straight, tmp_path):
-    job = start(fault="log:write:enospc@3-4")
-    assert job.wait() == [0], job.said()
-    assert job.said().count("metrics.jsonl: [Errno 28]") == 1
+    said = start(fault="log:write:enospc@3-4").expect()
+    assert said.count("metrics.jsonl: [Errno 28]") == 1
     assert [r["step"] for r in metrics(tmp_path / "run")] == [1, 2, *range(5, 13)]
 
 
@@ -155,9 +145,8 @@ def test_a_killed_rank_ends_the_others_with_one_line(start, straight, tmp_path, 
     assert (codes[victim], codes[1 - victim]) == (-9, 7), job.said()
     assert f"error: rank {1 - victim}: another process of the run is gone" in job.said()
     assert "Traceback" not in job.said()
-    job = start("--resume", world=2)
     # Rank 0 may have died before it had written the copy of step 4.
-    assert job.wait() == [0, 0] and re.search("resumed at step [24]", job.said()), job.said()
+    assert re.search("resumed at step [24]", start("--resume", world=2).expect())
     assert not differences(tmp_path / "run", straight[2])
 
 
@@ -184,17 +173,16 @@ def test_the_watchdog_names_the_rank_that_hangs(start, fault, words):
 
 
 def test_a_slow_rank_is_named(start, tmp_path):
-    job = start("--log-every", "2", "--steps", "8", world=2, fault="step:data:sleep=0.5@1+#1")
-    assert job.wait() == [0, 0], job.said()
+    said = start("--log-every", "2", "--steps", "8", world=2, fault="step:data:sleep=0.5@1+#1").expect()
     # From the second time on: once may be chance.
-    assert 1 <= len(re.findall(r"straggler rank 1: \d+ ms of data and forward per step", job.said())) <= 3, job.said()
+    assert 1 <= len(re.findall(r"straggler rank 1: \d+ ms of data and forward per step", said)) <= 3, said
     assert [r.get("slowest_rank") for r in metrics(tmp_path / "run")].count(1) >= 2
 
 
 def test_a_file_that_only_one_rank_misses_is_named_and_ends_all(images, server, tmp_path):
     shutil.copytree(images, tmp_path / "images")
     argv = arguments(tmp_path / "images", tmp_path / "run", "--steps", "400")
-    job = server.start(argv, tmp_path / "log", world=2, port=free_port(), FASTMIM_FAULT="step:data:sleep=0.05@1+#0")
+    job = server.start(argv, world=2, FASTMIM_FAULT="step:data:sleep=0.05@1+#0")
     wait_for("step 3/", job)
     victim = tmp_path / "images" / "train" / "class1" / "005.jpg"
     victim.unlink()
@@ -212,21 +200,19 @@ def test_a_file_that_only_one_rank_misses_is_named_and_ends_all(images, server, 
      ("step:forward:term@3#0,step:forward:term@3#1", 2)],
 )  # fmt: skip
 def test_a_signal_at_any_moment_saves_on_all_ranks(start, straight, tmp_path, fault, world):
-    job = start(world=world, fault=fault)
-    assert job.wait() == [75] * world, job.said()
-    job = start("--resume", world=world)
-    assert job.wait() == [0] * world, job.said()
+    start(world=world, fault=fault).expect(75)
+    start("--resume", world=world).expect()
     assert not differences(tmp_path / "run", straight[world])
 
 
 def test_a_signal_during_evaluation_saves_after_the_next_step(images, start):
-    job = start("--val-data", str(images / "val"), fault="evaluate:term@1")
-    assert job.wait() == [75] and "stopped by signal at step 1" in job.said(), job.said()
+    said = start("--val-data", str(images / "val"), fault="evaluate:term@1").expect(75)
+    assert "stopped by signal at step 1" in said
 
 
 def test_the_second_signal_ends_at_once(start):
-    job = start(fault="step:forward:term@3,step:backward:term@3")
-    assert job.wait() == [143], job.said()
+    said = start(fault="step:forward:term@3,step:backward:term@3").expect(143)
+    assert not re.search("step 3/|stopped by signal", said), said
 
 
 # -- data workers ------------------------------------------------------------------------------------------------
@@ -234,12 +220,11 @@ def test_the_second_signal_ends_at_once(start):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=lambda s: s.name)
 def test_a_killed_worker_is_replaced_and_gives_the_same_images(start, straight, tmp_path, number):
-    job = start("--workers", "1", fault="step:ema:sleep=0.1@1+")
+    job = start("--workers", "1", fault="step:optimizer:sleep=0.1@1+")
     wait_for("step 3/", job)
     (worker,) = psutil.Process(job.pids[0]).children()
     worker.send_signal(number)
-    assert job.wait() == [0], job.said()
-    assert re.search(r"warning   rank 0, step \d+: data workers started again: .*", job.said()), job.said()
+    assert re.search(r"warning   rank 0, step \d+: data workers started again: .*", job.expect()), job.said()
     assert not differences(tmp_path / "run", straight[1])
 
 
@@ -257,12 +242,11 @@ def test_a_stopped_worker_is_replaced_and_gives_the_same_images(images, server, 
     """SIGSTOP, as of a worker that is stuck for good: it must be ended first."""
     argv = arguments(images, tmp_path / "run", "--workers", "1")
     call = ["--call", "test_faults", "run_impatiently", *argv]
-    job = server.start(call, tmp_path / "log", FASTMIM_FAULT="step:ema:sleep=0.1@1+")
+    job = server.start(call, FASTMIM_FAULT="step:optimizer:sleep=0.1@1+")
     wait_for("step 3/", job)
     (worker,) = psutil.Process(job.pids[0]).children()
     worker.send_signal(signal.SIGSTOP)
-    assert job.wait() == [0], job.said()
-    assert re.search(r"data workers started again: .* got none; look whether .* the process was stopped", job.said())
+    assert re.search(r"data workers started again: .* got none; look whether .* the process was stopped", job.expect())
     assert not differences(tmp_path / "run", straight[1]) and not psutil.pid_exists(worker.pid)
 
 
@@ -287,7 +271,7 @@ def run_with_little_shared_memory(*argv: str) -> None:
 def test_full_shared_memory_is_one_line_and_the_run_goes_on_when_there_is_room(images, server, straight, tmp_path):
     argv = arguments(images, tmp_path / "run", "--workers", "1", "--resume", "auto")
     call = ["--call", "test_faults", "run_with_little_shared_memory", *argv]
-    job = server.start(call, tmp_path / "log", FASTMIM_FAULT="step:ema:sleep=0.2@1+")
+    job = server.start(call, FASTMIM_FAULT="step:optimizer:sleep=0.2@1+")
     wait_for("step 1/", job, permitted=True)
     # The job's own /dev/shm, seen from here. What a batch gives back is taken, too, or the next one would fit there.
     with open(f"/proc/{job.pids[0]}/root/dev/shm/filler", "wb", buffering=0) as filler:
@@ -298,10 +282,8 @@ def test_full_shared_memory_is_one_line_and_the_run_goes_on_when_there_is_room(i
                 assert e.errno == errno.ENOSPC
                 time.sleep(0.001)
     # A worker that cannot hand over its answer dies, or says so to nobody and is silent.
-    assert job.wait() == [4], job.said()
-    assert "error: workers: expected at most 0 for the free space of /dev/shm, got 1" in job.said(), job.said()
-    job = server.start(call, tmp_path / "again")
-    assert job.wait() == [0] and "resumed at step" in job.said(), job.said()
+    assert "error: workers: expected at most 0 for the free space of /dev/shm, got 1" in job.expect(4)
+    assert "resumed at step" in server.run(call)
     assert not differences(tmp_path / "run", straight[1])
 
 
@@ -309,14 +291,11 @@ def test_full_shared_memory_is_one_line_and_the_run_goes_on_when_there_is_room(i
 
 
 def test_a_second_run_in_the_folder_names_the_first_which_a_kill_frees(start, straight, tmp_path):
-    first = start("--workers", "1", fault="step:ema:sleep=0.1@1+")
+    first = start("--workers", "1", fault="step:optimizer:sleep=0.1@1+")
     wait_for("step 3/", first)
-    second = start("--resume")
-    assert second.wait() == [2], second.said()
-    assert f"is in use by process {first.pids[0]} on " in second.said()
+    assert f"is in use by process {first.pids[0]} on " in start("--resume").expect(2)
     first.kill(0, signal.SIGKILL)  # its worker lives on for a moment, and has the lock
-    third = start("--resume")
-    assert third.wait() == [0], third.said()
+    start("--resume").expect()
     assert not differences(tmp_path / "run", straight[1])
 
 
@@ -331,8 +310,7 @@ def test_odd_names_and_surroundings(images, server, straight, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     env = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere", "LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8",
            "TZ": "Asia/Kathmandu"}  # fmt: skip
-    job = server.start(arguments(deep, tmp_path / "link" / "rün"), tmp_path / "log", **env)
-    assert job.wait() == [0], job.said()
+    server.run(arguments(deep, tmp_path / "link" / "rün"), **env)
     assert not differences(tmp_path / "link" / "rün", straight[1])
 
 
@@ -390,8 +368,7 @@ def test_faults_are_due_when_their_text_says(monkeypatch):
 
 def test_weights_on_disk_are_what_they_were_in_memory(start, tmp_path):
     """The writer of safetensors files is our own: the library's reader must agree with it."""
-    job = start()
-    assert job.wait() == [0], job.said()
+    start().expect()
     folder = last_checkpoint(tmp_path / "run")
     weights = load_file(folder / "model.safetensors")
     exported = load_file(tmp_path / "run" / "encoder.safetensors")

@@ -10,7 +10,7 @@ import pytest
 from trainer_run import ROOT
 
 SCRIPT = ROOT / "bench" / "gpu_day.sh"
-SLICES = range(1, 13)
+SLICES = range(1, 14)
 
 
 def gpu_day(*arguments: str, out=None) -> subprocess.CompletedProcess:
@@ -23,7 +23,7 @@ def test_slices_are_listed():
     found = gpu_day()
     assert found.returncode == 2
     assert [int(n) for n in re.findall(r"^  (\d+) ", found.stdout, re.MULTILINE)] == list(SLICES)
-    assert gpu_day("13").returncode == 2 and gpu_day("x").returncode == 2
+    assert gpu_day("14").returncode == 2 and gpu_day("x").returncode == 2
 
 
 def test_a_missing_package_is_one_line(tmp_path):

@@ -8,7 +8,7 @@ from fastmim_pipelines.spec import Batch
 from test_accumulation import OPTIONS, SD_DEC, OneStep, build, engine_spec, make_batch
 
 from fastmim.arguments import parse_train
-from fastmim.config import SIZES, ConfigError, Size, TrainConfig
+from fastmim.config import ConfigError, TrainConfig
 from fastmim.engine.ddp import DdpEngine
 from fastmim.engine.single import SingleEngine
 from fastmim.graph import CaptureError, GraphError, StaticStep, choose_graph
@@ -16,13 +16,9 @@ from fastmim.metrics import Display, Meter
 from fastmim.nonfinite import NonFiniteError
 from fastmim.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("small")
 STEPS = 5
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", Size(48, 2, 3))
 
 
 class Run:

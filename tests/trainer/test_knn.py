@@ -1,16 +1,14 @@
 """k-NN accuracy against a slow vote, over ranks, and through the command line."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trainer_run import ROOT, TINY, environment, train
+from trainer_run import TINY
 
-from fastmim import cli
-from fastmim.evaluate.knn import NEIGHBORS, TEMPERATURE, raw_pixels, top1
+from fastmim import cli, dist
+from fastmim.evaluate.knn import NEIGHBORS, TEMPERATURE, extract, raw_pixels, top1
 
 
 def slow_top1(train, train_labels, val, val_labels) -> float:
@@ -53,10 +51,9 @@ def test_raw_pixels_are_standardized_thumbnails():
 
 
 @pytest.fixture(scope="module")
-def run_folder(images, tmp_path_factory):
+def run_folder(images, server, tmp_path_factory):
     out = tmp_path_factory.mktemp("knn") / "run"
-    done = train(["--method", "cmae", "--data", str(images), *TINY, "--steps", "2", "--out", str(out)])
-    assert done.returncode == 0, done.stderr
+    server.run(["train", "--method", "cmae", "--data", str(images), *TINY, "--steps", "2", "--out", str(out)])
     return out
 
 
@@ -98,12 +95,10 @@ def test_exported_encoder_is_the_checkpoint_encoder_and_describes_itself(run_fol
     assert encoder.position.equal(other.position)
 
 
-def test_encoder_with_a_conv_stem_is_read_back_alike(images, tmp_path, capsys):
+def test_encoder_with_a_conv_stem_is_read_back_alike(images, server, tmp_path, capsys):
     out = tmp_path / "run"
-    done = train(
-        ["--method", "cmae", "--data", str(images), *TINY, "--stem", "conv", "--steps", "1", "--out", str(out)]
-    )
-    assert done.returncode == 0, done.stderr
+    server.run(["train", "--method", "cmae", "--data", str(images), *TINY, "--stem", "conv", "--steps", "1", "--out",
+                str(out)])  # fmt: skip
     where = folders(images)
     assert printed(capsys, "knn", str(out), *where) == printed(capsys, "knn", str(out / "encoder.safetensors"), *where)
 
@@ -130,21 +125,17 @@ def test_foreign_encoder_file_is_refused(tmp_path, content, capsys):
     assert str(path) in capsys.readouterr().err
 
 
-def test_features_of_two_ranks_are_those_of_one(tmp_path):
+def assert_shares_are_gathered() -> None:
+    """In each process of a job: features of a share of the images, which all processes then have."""
+    device = torch.device("cpu")
+    dist.start(device)
+    images, labels = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1), torch.arange(7) + 10
+    mine = slice(0, 4) if dist.rank() == 0 else slice(4, 7)
+    x, y = extract(lambda i: i.float().flatten(1), [(images[mine], labels[mine], labels[mine])], device)
+    assert x.flatten().tolist() == list(range(7)) and y.tolist() == list(range(10, 17)), (x, y)
+    dist.finish()
+
+
+def test_features_of_two_ranks_are_those_of_one(server):
     """Shares of unequal length are gathered in order, without the padding."""
-    script = tmp_path / "share.py"
-    script.write_text(
-        "from fastmim.boot import prepare_process; prepare_process()\n"
-        "import sys, torch\n"
-        "from fastmim import dist\n"
-        "from fastmim.evaluate.knn import extract\n"
-        "device = torch.device('cpu'); dist.start(device)\n"
-        "images = torch.arange(7, dtype=torch.uint8).view(7, 1, 1, 1); labels = torch.arange(7) + 10\n"
-        "mine = slice(0, 4) if dist.rank() == 0 else slice(4, 7)\n"
-        "x, y = extract(lambda i: i.float().flatten(1), [(images[mine], labels[mine], labels[mine])], device)\n"
-        "assert x.flatten().tolist() == list(range(7)) and y.tolist() == list(range(10, 17)), (x, y)\n"
-        "dist.finish()\n"
-    )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(torchrun, env=environment(), capture_output=True, text=True, timeout=120, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    server.run(["--call", "test_knn", "assert_shares_are_gathered"], world=2)

@@ -80,6 +80,16 @@ def test_ladder_shows_a_failing_method_and_goes_on(images, tmp_path):
     assert f"the whole table took {found['seconds'] / 60:.1f}." in out.read_text()
 
 
+def test_a_batch_is_no_larger_than_the_data(monkeypatch):
+    """CMAE's preset has 128 images, the others' 32."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    from ladder import fitting
+
+    assert fitting("cmae", 100, []) == ["--batch-size", "96"]
+    assert fitting("cmae", 128, []) == fitting("mae", 100, []) == []
+    assert fitting("cmae", 100, ["--batch-size", "50"]) == []
+
+
 def test_longest_trainings_begin_first(monkeypatch):
     """Or the last one runs alone."""
     monkeypatch.syspath_prepend(str(ROOT / "bench"))

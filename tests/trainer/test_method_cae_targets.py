@@ -78,6 +78,21 @@ def test_cae_tokenizes_the_mirrored_second_crop_at_the_masked_patches(small):
 # ---- tokens
 
 
+def test_cae_tokenizers_run_outside_of_autocast(small):
+    """Any tokenizer's, not only the d-VAE's: in low precision it would give other ids than a recording."""
+    asked = []
+
+    class Watched(Brightness):
+        def forward(self, images, ids=None):
+            asked.append(torch.is_autocast_enabled("cpu"))
+            return super().forward(images, ids)
+
+    method = build(tokenizer=Watched())
+    with torch.autocast("cpu", torch.bfloat16):
+        method(make_batch(method), make_rng())
+    assert asked == [False]
+
+
 def test_cae_cross_entropy_starts_at_the_log_of_8192(small):
     torch.manual_seed(0)
     method = cae.CAE(model_spec(), cae.Config(), Brightness(8192))

@@ -82,8 +82,7 @@ def test_icmae_target_is_the_closed_form_after_three_steps(small, options, momen
     for step, momentum in enumerate(momenta):
         assert method.momentum(step / 3) == pytest.approx(momentum, abs=1e-12)
         engine.backward(engine.forward(make_batch(method, seed=step), make_rng(step=step)).loss)
-        engine.step()
-        engine.ema(method.ema_pairs(), method.momentum(step / 3))
+        engine.step(method.ema_pairs(), method.momentum(step / 3))
         online = dict(method.named_parameters())
         for name in targets:
             if online[name.removeprefix("target_")].requires_grad:

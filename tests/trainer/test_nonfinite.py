@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from storm import last_checkpoint
-from trainer_run import TINY, free_port, metrics, write_images
+from trainer_run import TINY, metrics, write_images
 
 from fastmim import checkpoint
 from fastmim.nonfinite import WINDOW_STEPS, Skips
@@ -23,6 +23,11 @@ ENGINES = [(1, []), (2, []), (2, ["--zero", "0"]), (2, ["--zero", "1"]), (2, ["-
 def arguments(images: Path, out: Path, *extra: str) -> list[str]:
     return ["train", "--method", "mae", "--data", str(images / "train"), *TINY, "--mae.decoder-width", "32", "--steps",
             str(STEPS), "--save-every", "2", "--out", str(out), *extra]  # fmt: skip
+
+
+def capture_of(said: str) -> Path:
+    """The folder that a run left for `fastmim replay`."""
+    return Path(re.search(r"`fastmim replay (.+?)`", said)[1])
 
 
 def manifest(out: Path) -> dict:
@@ -39,8 +44,7 @@ def flat(out: Path, name: str) -> torch.Tensor:
 def skipped_once(images, server, tmp_path_factory) -> Path:
     """One plain process that skips step 3."""
     out = tmp_path_factory.mktemp("skipped") / "run"
-    job = server.start(arguments(images, out), out.parent / "log", FASTMIM_FAULT="step:backward:nan@4")
-    assert job.wait() == [0], job.said()
+    server.run(arguments(images, out), FASTMIM_FAULT="step:backward:nan@4")
     return out
 
 
@@ -53,11 +57,8 @@ def test_nan_in_one_ranks_gradient_skips_the_step_on_all(images, server, skipped
     """The result is that of the plain process: neither weights, nor moments, nor Adam's step count have seen the step."""
     out = tmp_path / "run"
     fault = f"step:backward:nan@4#{world - 1}"
-    job = server.start(
-        arguments(images, out, *flags), tmp_path / "log", world=world, port=free_port(), FASTMIM_FAULT=fault
-    )
-    assert job.wait() == [0] * world, job.said()
-    assert "warning   step 3: the gradient was not finite; no weight was touched by it" in job.said()
+    said = server.run(arguments(images, out, *flags), world=world, FASTMIM_FAULT=fault)
+    assert "warning   step 3: the gradient was not finite; no weight was touched by it" in said
     assert [r["skipped_steps"] for r in metrics(out)] == [0, 0, 0, 1, 0, 0, 0, 0]
     assert manifest(out)["meta"]["state"]["skipped_steps"] == [3]
     # One step moves each of the n weights by the learning rate: the difference must be far below that. (It is not nothing:
@@ -73,44 +74,33 @@ def test_nan_in_one_ranks_gradient_skips_the_step_on_all(images, server, skipped
 
 def test_inf_in_the_loss_is_skipped_too(images, server, skipped_once, tmp_path):
     out = tmp_path / "run"
-    job = server.start(arguments(images, out), tmp_path / "log", FASTMIM_FAULT="step:forward:inf@4")
-    assert job.wait() == [0], job.said()
+    server.run(arguments(images, out), FASTMIM_FAULT="step:forward:inf@4")
     ours, theirs = (load_file(last_checkpoint(o) / "model.safetensors") for o in (out, skipped_once))
     assert all(ours[key].equal(theirs[key]) for key in theirs)
 
 
 def test_the_budget_outlives_a_resume_and_its_end_leaves_a_capture(images, server, tmp_path):
     argv = [*arguments(images, tmp_path / "run"), "--skip-budget", "2"]
-    fault = "step:backward:nan@2-3,step:update:term@5"
-    job = server.start(argv, tmp_path / "log0", FASTMIM_FAULT=fault)
-    assert job.wait() == [75], job.said()
-    job = server.start([*argv, "--resume"], tmp_path / "log1", FASTMIM_FAULT="step:backward:nan@2")
-    assert job.wait() == [5], job.said()
-    assert "3 of the last 1000 steps were skipped" in job.said() and "more than --skip-budget 2" in job.said()
-    capture = Path(re.search(r"`fastmim replay (.+?)`", job.said())[1])
+    server.run(argv, code=75, FASTMIM_FAULT="step:backward:nan@2-3,step:update:term@5")
+    said = server.run([*argv, "--resume"], code=5, FASTMIM_FAULT="step:backward:nan@2")
+    assert "3 of the last 1000 steps were skipped" in said and "more than --skip-budget 2" in said
+    capture = capture_of(said)
     meta = checkpoint.verify(capture)["meta"]
     assert meta["grad_norm"] == "nan" and math.isfinite(float(meta["losses"][0])) and len(meta["ids"]) == 8
-    assert meta["state"] if "state" in meta else meta["skipped_steps"][:2] == [1, 2]
+    assert meta["skipped_steps"][:2] == [1, 2]
     # What went wrong here was no function of weights and images, and the replay says so.
-    job = server.start(["replay", str(capture)], tmp_path / "log2")
-    assert job.wait() == [1] and "not reproduced" in job.said(), job.said()
-    assert f"loss      {meta['losses'][0]}; in the run {meta['losses'][0]}" in job.said()
+    said = server.run(["replay", str(capture)], code=1)
+    assert "not reproduced" in said and f"loss      {meta['losses'][0]}; in the run {meta['losses'][0]}" in said
 
 
 @pytest.mark.parametrize(("world", "flags"), [(1, []), (2, ["--accumulate", "2"]), (2, ["--zero", "3"])])
 def test_a_replay_gives_the_same_tensor_that_is_not_finite(images, server, tmp_path, world, flags):
     """A learning rate that blows the weights up: from the weights in the capture, the step is not finite again."""
     argv = arguments(images, tmp_path / "run", "--steps", "60", "--lr", "1e25", *flags)
-    job = server.start(argv, tmp_path / "log", world=world, port=free_port())
-    assert job.wait() == [5] * world, job.said()
-    capture = Path(re.search(r"`fastmim replay (.+?)`", job.said())[1])
+    capture = capture_of(server.run(argv, world=world, code=5))
     weights = load_file(capture / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    said = []
-    for i in range(2):
-        job = server.start(["replay", str(capture)], tmp_path / f"replay{i}")
-        assert job.wait() == [0], job.said()
-        said.append(job.said())
+    said = [server.run(["replay", str(capture)]) for _ in range(2)]
     assert said[0] == said[1]
     assert "done      reproduced" in said[0]
     first = re.search(
@@ -121,14 +111,11 @@ def test_a_replay_gives_the_same_tensor_that_is_not_finite(images, server, tmp_p
 
 def test_capture_of_other_data_is_refused(images, server, tmp_path):
     argv = arguments(images, tmp_path / "run", "--skip-budget", "0")
-    job = server.start(argv, tmp_path / "log", FASTMIM_FAULT="step:forward:nan@6")
-    assert job.wait() == [5], job.said()
-    capture = next((tmp_path / "run" / "captures").glob("step-*"))
+    capture = capture_of(server.run(argv, code=5, FASTMIM_FAULT="step:forward:nan@6"))
     body = json.loads((capture / checkpoint.MANIFEST).read_text())["manifest"]
     body["meta"]["config"]["data"] = str(write_images(tmp_path / "other", 20))
     (capture / checkpoint.MANIFEST).write_text(checkpoint._manifest_text(body))
-    job = server.start(["replay", str(capture)], tmp_path / "log2")
-    assert job.wait() == [2] and "expected the images of the run in" in job.said(), job.said()
+    assert "expected the images of the run in" in server.run(["replay", str(capture)], code=2)
 
 
 def test_skips_leave_the_window():
@@ -154,10 +141,8 @@ def test_the_budget_of_bad_images_outlives_a_resume(server, tmp_path):
     victim.write_bytes(victim.read_bytes()[:200])
     argv = ["train", "--method", "mae", "--data", str(data), *TINY, "--batch-size", "4", "--mae.decoder-width", "32",
             "--steps", "60", "--on-bad-image", "skip"]  # fmt: skip
-    job = server.start([*argv, "--out", str(tmp_path / "a")], tmp_path / "log0")
-    assert job.wait() == [4] and "11 of " in job.said(), job.said()
-    job = server.start([*argv, "--out", str(tmp_path / "b")], tmp_path / "log1", FASTMIM_FAULT="step:ema:term@14")
-    assert job.wait() == [75], job.said()
-    job = server.start([*argv, "--out", str(tmp_path / "b"), "--resume"], tmp_path / "log2")
-    assert job.wait() == [4] and "11 of " in job.said(), job.said()
+    assert "11 of " in server.run([*argv, "--out", str(tmp_path / "a")], code=4)
+    argv += ["--out", str(tmp_path / "b")]
+    server.run(argv, code=75, FASTMIM_FAULT="step:optimizer:term@14")
+    assert "11 of " in server.run([*argv, "--resume"], code=4)
     assert [r["step"] for r in metrics(tmp_path / "b")] == [r["step"] for r in metrics(tmp_path / "a")]

@@ -18,7 +18,6 @@ from slow_reference import cells_to_patches, model_spec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmim.config import SIZES, Size
 from fastmim.methods import cae, cmae, mae
 from fastmim.methods.base import Method, StepOutput
 from fastmim.views import ColorConfig
@@ -91,8 +90,7 @@ def drop_factors(*depths: int) -> list[Tensor]:
 
 
 @pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", Size(48, 2, 3))
+def small(small, monkeypatch):
     monkeypatch.setattr(mae, "random_flip", lambda rng, ids: FLIPS)
     monkeypatch.setattr(cmae, "random_flip", lambda rng, ids: FLIPS)
     monkeypatch.setattr(cmae, "random_shift", lambda rng, ids, largest: SHIFTS)

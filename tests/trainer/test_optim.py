@@ -4,20 +4,17 @@ import math
 
 import pytest
 import torch
-from slow_reference import SMALL, model_spec, small_cmae
+from slow_reference import make_batch, make_rng, model_spec, small_cmae
 from torch import nn
 
-from fastmim.config import SIZES, Size
+from fastmim.engine.base import EngineSpec
+from fastmim.engine.single import SingleEngine
 from fastmim.heads import SyncBatchNorm
 from fastmim.methods import mae
-from fastmim.optim import adamw, clip_gradients
+from fastmim.optim import adamw, clip_gradients, clip_scale
 
+pytestmark = pytest.mark.usefixtures("small")
 RECIPE = dict(lr=1e-3, weight_decay=0.05, betas=(0.9, 0.95))
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", Size(*SMALL))
 
 
 def build_mae():
@@ -104,6 +101,52 @@ def test_adamw_steps_follow_the_formula():
         torch.testing.assert_close(parameter.detach().double(), rows[name], rtol=1e-5, atol=1e-6)
 
 
+def test_averages_copies_and_clipping_follow_in_the_same_step():
+    """Beside torch's own AdamW on scaled gradients; the second step is skipped, and does not count."""
+    torch.manual_seed(0)
+    model, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(model.state_dict())
+    ours = adamw(model, lambda name, p: name == "bias", lr=0.1, weight_decay=0.5, betas=(0.9, 0.95))
+    plain = torch.optim.AdamW(
+        [dict(params=[theirs.weight], weight_decay=0.5), dict(params=[theirs.bias], weight_decay=0.0)],
+        lr=0.1, betas=(0.9, 0.95),
+    )  # fmt: skip
+    average, expected = torch.zeros(2, 3), torch.zeros(2, 3)
+    copy = torch.empty(2, 3, dtype=torch.bfloat16)
+    for step in range(4):
+        for p, other in zip(model.parameters(), theirs.parameters()):
+            p.grad = torch.randn(p.shape) if step != 1 else torch.full(p.shape, math.nan)
+            other.grad = 0.25 * p.grad
+        ours.step(
+            grad_scale=torch.tensor(0.25), applied=torch.tensor(step != 1), targets={model.weight: average},
+            momentum=0.75, copies={model.weight: copy},
+        )  # fmt: skip
+        if step != 1:
+            plain.step()
+            expected.lerp_(theirs.weight.detach(), 0.25)
+        for p, other in zip(model.parameters(), theirs.parameters()):
+            torch.testing.assert_close(p, other, rtol=1e-5, atol=1e-6)
+            assert ours.state[p]["step"].item() == plain.state[other]["step"].item()
+        torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(copy, model.weight.bfloat16())
+
+
+def test_a_parameter_that_joins_later_has_a_count_of_its_own():
+    """As in torch, whose first step of a parameter is that with its first gradient."""
+    model, theirs = nn.Linear(3, 2), nn.Linear(3, 2)
+    theirs.load_state_dict(model.state_dict())
+    ours = adamw(model, lambda name, p: False, lr=0.1, weight_decay=0.5, betas=(0.9, 0.95))
+    plain = torch.optim.AdamW(theirs.parameters(), lr=0.1, weight_decay=0.5, betas=(0.9, 0.95))
+    for step in range(3):
+        for own, other in ((model.weight, theirs.weight), (model.bias, theirs.bias))[: 1 + (step > 0)]:
+            own.grad = torch.randn(own.shape)
+            other.grad = own.grad.clone()
+        ours.step()
+        plain.step()
+    for p, other in zip(model.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, other, rtol=1e-5, atol=1e-6)
+
+
 def test_adamw_with_rate_0_changes_nothing():
     """MAE's first step."""
     model = nn.Linear(3, 2)
@@ -115,6 +158,31 @@ def test_adamw_with_rate_0_changes_nothing():
     assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before))
 
 
+def test_rounded_weights_of_the_engine_are_never_stale():
+    """With and without them: the same losses after steps and after weights were written by others."""
+    losses = []
+    for has_copies in (True, False):
+        torch.manual_seed(0)
+        method = build_mae()
+        initial = {name: p.clone() for name, p in method.state_dict().items()}
+        engine = SingleEngine(method, EngineSpec(torch.device("cpu"), "bf16", 2, 2, 1e-2, 0.05, (0.9, 0.95), None, 0))
+        assert len(engine.copies) > 5
+        if not has_copies:
+            engine.copies = {}
+        found = []
+        for step in range(4):
+            if step == 3:
+                method.load_state_dict(initial)
+            for _ in range(2):
+                out = engine.forward(make_batch(method, seed=step), make_rng(step=step))
+                engine.backward(out.loss)
+                found.append(out.loss.item())
+            engine.step()
+        losses.append(found)
+    assert losses[0] == losses[1]
+    assert len(set(losses[0])) == 4
+
+
 @pytest.mark.parametrize("largest", [None, 100.0, 0.5])
 def test_clip_gradients_scales_the_joint_norm_and_returns_the_one_before(largest):
     torch.manual_seed(0)
@@ -124,8 +192,9 @@ def test_clip_gradients_scales_the_joint_norm_and_returns_the_one_before(largest
     before = [p.grad.double() for p in parameters[:2]]
     norm = math.sqrt(sum(float((g * g).sum()) for g in before))
     assert 0.5 < norm < 100
-    assert clip_gradients(parameters, largest).item() == pytest.approx(norm, rel=1e-5)
     scale = 1.0 if largest is None else min(1.0, largest / norm)
+    assert float(clip_scale(torch.tensor(norm), largest)) == pytest.approx(scale, rel=1e-5)
+    assert clip_gradients(parameters, largest).item() == pytest.approx(norm, rel=1e-5)
     for p, g in zip(parameters, before):
         torch.testing.assert_close(p.grad.double(), g * scale, rtol=1e-4, atol=0)
     assert parameters[2].grad is None

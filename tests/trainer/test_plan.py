@@ -16,7 +16,7 @@ from trainer_run import ROOT
 from fastmim import bench, plan, roofline, scale
 from fastmim.arguments import parse_train
 from fastmim.cli import run
-from fastmim.config import SIZES, ConfigError, Size
+from fastmim.config import ConfigError
 from fastmim.engine import base as engines
 from fastmim.memory import trace_step
 from fastmim.methods import base as methods
@@ -139,26 +139,9 @@ def test_machines_have_a_peak():
 # ---- the command
 
 
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", Size(48, 2, 3))
-
-
 def test_plan_prints_every_stage_and_the_engine_that_auto_takes(small, capsys):
-    arguments = [
-        "plan",
-        "--method",
-        "cmae",
-        "--model",
-        "vit_tiny",
-        "--gpu",
-        "h100",
-        "--gpus",
-        "16",
-        "--accumulate",
-        "2",
-    ]
-    assert run(arguments) == 0
+    arguments = ["--method", "cmae", "--model", "vit_tiny", "--gpu", "h100", "--gpus", "16", "--accumulate", "2"]
+    assert run(["plan", *arguments]) == 0
     text = capsys.readouterr().out
     assert "on 16 x H100" in text and "4096 = 16 GPUs x 2 micro-batches x 128 images" in text
     for stage in roofline.STAGES:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from fastmim_pipelines.loader import CropLoader
 from fastmim_pipelines.spec import CropSpec
-from trainer_run import TINY, free_port, losses, metrics, train, write_images
+from trainer_run import TINY, losses, metrics, write_images
 
 from fastmim.methods.base import available
 
@@ -15,15 +15,14 @@ CROPS = (CropSpec((2, 2)),)
 
 
 @pytest.mark.parametrize("method", available())
-def test_losses_of_two_ranks_are_those_of_one(images, tmp_path, method):
+def test_losses_of_two_ranks_are_those_of_one(images, server, tmp_path, method):
     """fp32, from the first step to the last; 20 steps are 5 epochs here, and ICMAE finds new boxes in four of them."""
     # Without labels nothing is evaluated: this is about training.
-    common = ["--method", method, "--data", str(images / "train"), *TINY, "--steps", str(STEPS)]
+    common = ["train", "--method", method, "--data", str(images / "train"), *TINY, "--steps", str(STEPS)]
     curves = []
-    for launcher, ranks in (("python", 1), ("torchrun", 2)):
-        out = tmp_path / f"ranks-{ranks}"
-        done = train([*common, "--out", str(out)], launcher, ranks)
-        assert done.returncode == 0, done.stdout + done.stderr
+    for world in (1, 2):
+        out = tmp_path / f"ranks-{world}"
+        server.run([*common, "--out", str(out)], world=world)
         curves.append(losses(out))
     assert len(curves[0]) == STEPS
     assert all(a != b for a, b in pairwise(curves[0])), "a run that stands still would agree with itself"
@@ -96,8 +95,7 @@ def test_ranks_of_uneven_data_end_together(server, tmp_path, count, world, batch
     argv = ["train", "--method", "icmae", "--data", str(tmp_path / "images"), *TINY, "--batch-size", str(batch_size),
             "--icmae.head-hidden", "32", "--icmae.head-out", "16", "--icmae.decoder-width", "32", "--epochs", "5",
             "--hang-after", "60", "--out", str(out)]  # fmt: skip
-    job = server.start(argv, tmp_path / "log", world=world, port=free_port())
-    assert job.wait() == [0] * world, job.said()
+    server.run(argv, world=world)
     assert len(losses(out)) == 5 * (count // batch_size)
     assert len({record["box_area"] for record in metrics(out) if "loss" in record}) > 1, "boxes were looked for"
 
@@ -106,6 +104,5 @@ def test_more_processes_than_images_is_one_line(server, tmp_path):
     write_images(tmp_path / "images", 2, classes=1)
     argv = ["train", "--method", "mae", "--data", str(tmp_path / "images"), *TINY, "--batch-size", "3", "--steps", "2",
             "--out", str(tmp_path / "run")]  # fmt: skip
-    job = server.start(argv, tmp_path / "log", world=3, port=free_port())
-    assert job.wait() == [2] * 3, job.said()
-    assert job.said().count("error: ") == 1 and "expected at most the 2 images" in job.said(), job.said()
+    said = server.run(argv, world=3, code=2)
+    assert said.count("error: ") == 1 and "expected at most the 2 images" in said, said

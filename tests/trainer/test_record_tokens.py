@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import save_file
-from trainer_run import TINY, losses, train, write_images
+from trainer_run import TINY, losses, write_images
 
 from fastmim import cli
 from fastmim.tokenizer.dalle import DalleEncoder
@@ -20,17 +20,13 @@ def material(tmp_path_factory):
     return folder / "images", folder / "tokenizer.safetensors"
 
 
-def test_recorded_tokens_train_as_computed_ones(material, tmp_path, capsys):
+def test_recorded_tokens_train_as_computed_ones(material, server, tmp_path):
     images, tokenizer = material
     run = ["--method", "cae", "--data", str(images), *TINY, "--steps", "3"]
-    computed = train([*run, "--cae.tokenizer", str(tokenizer), "--out", str(tmp_path / "computed")])
-    assert computed.returncode == 0, computed.stderr
-
-    written = ["--write", str(tmp_path / "tokens"), "--last", "2", *run, "--cae.tokenizer", str(tokenizer)]
-    assert cli.run(["record-tokens", *written]) == 0
-    assert "tokens of steps 0 to 2" in capsys.readouterr().out
-    read = train([*run, "--cae.tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "read")])
-    assert read.returncode == 0, read.stderr
+    server.run(["train", *run, "--cae.tokenizer", str(tokenizer), "--out", str(tmp_path / "computed")])
+    write = ["--write", str(tmp_path / "tokens"), "--last", "2", *run, "--cae.tokenizer", str(tokenizer)]
+    assert "tokens of steps 0 to 2" in server.run(["record-tokens", *write])
+    server.run(["train", *run, "--cae.tokens", str(tmp_path / "tokens"), "--out", str(tmp_path / "read")])
     assert losses(tmp_path / "read") == losses(tmp_path / "computed") != []
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from storm import differences
-from trainer_run import TINY, free_port
+from trainer_run import TINY
 
 from fastmim.arguments import parse_train
 from fastmim.masking import RandomPolicy
@@ -42,13 +42,10 @@ def test_a_run_goes_on_from_any_point(images, server, tmp_path, method, point, w
     straight, out = tmp_path / "straight", tmp_path / "run"
     argv = ["train", "--method", method, "--data", str(images / "train"), *TINY, "--steps", str(STEPS), "--warmup", "6",
             "--accumulate", "2", "--save-every", "1", "--keep", "99", *(["--zero", "2"] if world > 2 else [])]  # fmt: skip
-    job = server.start([*argv, "--out", str(straight)], tmp_path / "log0", world=world, port=free_port())
-    assert job.wait() == [0] * world, job.said()
+    server.run([*argv, "--out", str(straight)], world=world)
     shutil.copytree(straight, out)
     argv += ["--out", str(out), "--resume", str(POINTS[point])]
-    job = server.start(argv, tmp_path / "log1", world=world, port=free_port())
-    assert job.wait() == [0] * world, job.said()
-    assert f"resumed at step {POINTS[point]} of {STEPS}" in job.said()
+    assert f"resumed at step {POINTS[point]} of {STEPS}" in server.run(argv, world=world)
     assert len(list((out / "checkpoints" / "abandoned").iterdir())) == STEPS - POINTS[point]
     assert not differences(out, straight)
 

@@ -12,11 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastmim import savers
-from fastmim.config import SIZES, ConfigError, Size
+from fastmim.config import ConfigError
 from fastmim.memory import Saved
 from fastmim.methods import base
 from fastmim.methods.base import Method
 
+pytestmark = pytest.mark.usefixtures("small")
 DECODER = dict(decoder_width=64, decoder_heads=4)
 # Decoders of several blocks and of one, pooled, with and without class token, of mixtures, of all tokens; CAE's regressor.
 CASES = {
@@ -30,11 +31,6 @@ CASES = {
     "cae": ("cae", dict(regressor_depth=2, decoder_depth=1)),
 }
 BATCH = 8
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", Size(48, 2, 3))
 
 
 def build(case: str, which: str) -> Method:

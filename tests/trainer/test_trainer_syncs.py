@@ -11,13 +11,14 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastmim.config import SIZES, Size, TrainConfig
+from fastmim.config import TrainConfig
 from fastmim.engine.single import SingleEngine
 from fastmim.methods import base
 from fastmim.metrics import Display, Meter
 from fastmim.step import StepProgram
 from fastmim.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("small")
 CASES = {name: (name, options) for name, options in OPTIONS.items()} | {"sd_dec": ("icmae", SD_DEC)}
 aten = torch.ops.aten
 # What a GPU would have to hand a number, or the size of a result, to the host for.
@@ -40,11 +41,6 @@ class HostReads(TorchDispatchMode):
         if func.overloadpacket in READS:
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", Size(48, 2, 3))
 
 
 def test_the_watch_sees_reads():

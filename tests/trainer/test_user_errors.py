@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
-from trainer_run import ROOT, TINY, environment, train, write_images
+from trainer_run import ROOT, TINY, environment, write_images
 
 from fastmim import cli
 
@@ -104,18 +104,16 @@ def test_folder_in_use_names_its_holder(images, tmp_path):
     RunDirectory(out, resuming=True).close()
 
 
-def test_corrupt_jpeg_names_the_path_and_skip_goes_on(images, tmp_path):
+def test_corrupt_jpeg_names_the_path_and_skip_goes_on(images, server, tmp_path):
     data = tmp_path / "images"
     shutil.copytree(images / "train", data)
     victim = data / "class1" / "004.jpg"
     victim.write_bytes(victim.read_bytes()[:300])
-    base = ["--method", "mae", "--data", str(data), *TINY, "--steps", "8"]
-    done = train([*base, "--out", str(tmp_path / "a")])
-    assert done.returncode == 4, done.stderr
-    assert str(victim) in done.stderr.splitlines()[-1] and "--on-bad-image skip" in done.stderr
-    done = train([*base, "--out", str(tmp_path / "b"), "--on-bad-image", "skip"])
-    assert done.returncode == 0, done.stderr
-    assert "1 unreadable images were replaced" in done.stdout and str(victim) in done.stdout
+    base = ["train", "--method", "mae", "--data", str(data), *TINY, "--steps", "8"]
+    said = server.run([*base, "--out", str(tmp_path / "a")], code=4)
+    assert str(victim) in said.splitlines()[-1] and "--on-bad-image skip" in said
+    said = server.run([*base, "--out", str(tmp_path / "b"), "--on-bad-image", "skip"])
+    assert "1 unreadable images were replaced" in said and str(victim) in said
 
 
 def test_door_of_another_checkout_names_both(tmp_path):
@@ -135,21 +133,20 @@ def test_door_without_installation_says_how_to_install(tmp_path):
     assert "make setup" in done.stderr and "pip install -e" in done.stderr
 
 
-def test_both_ranks_fail_with_one_line(images, tmp_path):
-    done = train(["--data", str(images), *SMALL, "--batch-size", "9", "--out", str(tmp_path / "r")], "torchrun", 2)
-    assert done.returncode != 0
-    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+def test_both_ranks_fail_with_one_line(images, server, tmp_path):
+    argv = ["train", "--data", str(images), *SMALL, "--batch-size", "9", "--out", str(tmp_path / "r")]
+    said = server.run(argv, world=2, code=2)
+    assert sum(line.startswith("error: ") for line in said.splitlines()) == 1, said
     assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_non_finite_gradients_touch_no_weight_and_end_with_5(images, tmp_path, precision):
+def test_non_finite_gradients_touch_no_weight_and_end_with_5(images, server, tmp_path, precision):
     """A learning rate that blows up: the steps after it are skipped on the device, counted, and then the run ends."""
     out = tmp_path / "run"
-    done = train(["--method", "mae", "--data", str(images / "train"), *TINY, "--steps", "60", "--lr", "1e25",
-                  "--log-every", "3", "--save-every", "1", "--precision", precision, "--out", str(out)])  # fmt: skip
-    assert done.returncode == 5, done.stdout + done.stderr
-    assert "skipped for a non-finite gradient" in done.stderr
+    argv = ["train", "--method", "mae", "--data", str(images / "train"), *TINY, "--steps", "60", "--lr", "1e25",
+            "--log-every", "3", "--save-every", "1", "--precision", precision, "--out", str(out)]  # fmt: skip
+    assert "skipped for a non-finite gradient" in server.run(argv, code=5)
     skipped = [json.loads(line)["skipped_steps"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert sum(skipped) >= 6
     newest = out / "checkpoints" / (out / "checkpoints" / "LATEST").read_text().strip()

@@ -20,17 +20,13 @@ from slow_reference import (
 )
 from torch import nn
 
+from fastmim.blocks import Branch
 from fastmim.config import SIZES, ModelSpec, Size
 from fastmim.masking import RandomPolicy
 from fastmim.vit import Block, Decoder, DecoderSpec, Encoder, attention, sincos_position
 
 SHAPES = [(16, 24, 4, 3), (24, 16, 4, 1), (6, 8, 2, 5)]
 IDS = ["x".join(map(str, shape)) for shape in SHAPES]
-
-
-@pytest.fixture
-def small(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", Size(*SMALL))
 
 
 def images_of(spec: ModelSpec, count=2, seed=0):
@@ -109,10 +105,12 @@ def test_block_equals_written_out_block():
     x = torch.randn(2, 9, 24)
     slow = torch.stack([block(doubles(module), row.double(), 3) for row in x])
     stream, branch = module(x)
-    torch.testing.assert_close((stream + branch).double(), slow, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(branch.added_to(stream).double(), slow, rtol=1e-5, atol=1e-5)
     # What the block before left to be added is a part of the input.
-    stream, branch = module(0.25 * x, 0.75 * x)
-    torch.testing.assert_close((stream + branch).double(), slow, rtol=1e-5, atol=1e-5)
+    scale, rows = 2 + torch.rand(24), 1 + torch.rand(2)
+    left = Branch(0.75 * x / scale / rows[:, None, None], scale, rows)
+    stream, branch = module(0.25 * x, left)
+    torch.testing.assert_close(branch.added_to(stream).double(), slow, rtol=1e-5, atol=1e-5)
 
 
 # ---- encoder
