@@ -15,14 +15,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from fastmim_pipelines.demo import DemoSpec, write_demo
+from fastmim_pipelines.demo import DemoSpec
 from machine import IS_GPU, machine
+from photos import drawn
 from points import Points
+from report import write_report
+from run_report import e2e_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 # The smallest that is a run: what `pytest bench` takes, and the default.
 SMALL = ["--method", "mae", "--preset", "demo", "--batch-size", "32"]
-PHOTO_SIZE = DemoSpec(short_side_px=(333, 375), grain=(5.0, 20.0))
 DRAWN = "drawn"
 SOURCES = ("real", "synthetic")
 
@@ -70,8 +72,6 @@ def key(record: dict) -> tuple:
 
 
 def show(records: list[dict]) -> None:
-    from report import e2e_pairs
-
     for real, synthetic in e2e_pairs(records):
         share = real["images_per_s"] / synthetic["images_per_s"]
         print(f"  {real['data']}, {' '.join(real['flags'])}: {real['images_per_s']:.0f} images/s, {100 * share:.0f} % of "
@@ -80,9 +80,8 @@ def show(records: list[dict]) -> None:
 
 
 def bench_e2e(results, tmp_path):
-    write_demo(tmp_path, images=200, val_images=0, seed=0, progress=lambda line: None)
     points = Points(results / "e2e.jsonl")
-    run(tmp_path / "train", DRAWN, SMALL, 200 if IS_GPU else 60, points)
+    run(drawn(tmp_path, 200, DemoSpec()), DRAWN, SMALL, 200 if IS_GPU else 60, points)
     print()
     show(points.records)
 
@@ -99,13 +98,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data, name = args.data, str(args.data)
         if data is None:
-            write_demo(folder, images=args.drawn, val_images=0, spec=PHOTO_SIZE, progress=lambda line: None)
-            data, name = Path(folder) / "train", f"{args.drawn} {DRAWN}"
+            data, name = drawn(Path(folder), args.drawn), f"{args.drawn} {DRAWN}"
         run(data, name, flags or SMALL, args.steps, points)
     show(points.records)
     if args.json is not None:
-        from report import write_report
-
         write_report(args.json)
 
 

@@ -27,7 +27,8 @@ from fastmim_kernels import cases, dispatch
 from fastmim_kernels.patches import spec as patches
 from fastmim_kernels.pixel_loss import spec as pixel_loss
 from fastmim_kernels.topk import spec as topk
-from machine import ceilings, machine
+from kernel_report import BACKENDS
+from machine import between_ceilings, machine
 from points import Points
 
 DEVICES = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
@@ -128,9 +129,8 @@ def points(request):
     path = os.environ.get("FASTMIM_BENCH_OUT")
     path = pathlib.Path(path) if path else request.getfixturevalue("results") / "kernels.jsonl"
     found = Points(path)
-    found.add([ceilings()])
-    yield found
-    found.add([ceilings()])
+    with between_ceilings(found):
+        yield found
     report.write_report(path)
     print("\n" + path.with_suffix(".md").read_text())
 
@@ -143,7 +143,7 @@ def setting(device):
 
 
 @pytest.mark.parametrize(("op", "case", "device"), RUNS)
-def bench_op(op, case, device, points, monkeypatch):
+def bench_op(op, case, device, points, monkeypatch, told):
     key = ("kernels", case.function, case.name, setting(device))
     if points.has(lambda r: tuple(r.get(k) for k in KEY), key):
         pytest.skip(f"{points.path} has it already")
@@ -166,9 +166,11 @@ def bench_op(op, case, device, points, monkeypatch):
     while len(provider.seconds) < CALLS and (len(provider.seconds) < 3 or time.perf_counter() - start < SECONDS):
         for provider in providers.values():
             provider.timed()
+    ms = {name: median_ms(p.seconds) for name, p in providers.items()}
     points.add([{
-        **dict(zip(KEY, key)), **machine(), "device_type": device.type, "n": len(provider.seconds),
-        "ms": {name: median_ms(p.seconds) for name, p in providers.items()},
+        **dict(zip(KEY, key)), **machine(), "device_type": device.type, "n": len(provider.seconds), "ms": ms,
         "forward_ms": {name: median_ms(p.forward_seconds) for name, p in providers.items()},
         "bytes_moved": case.bytes_moved, "flops": case.flops,
     }])  # fmt: skip
+    ours = next(name for name in BACKENDS if name in providers)
+    told(providers[ours].seconds, {name: each / 1e3 for name, each in ms.items()})

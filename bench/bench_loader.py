@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -34,16 +33,15 @@ import report
 from contenders import Contender
 from fastmim_pipelines import CropSpec, make_loader, native_decode
 from fastmim_pipelines.cores import available_cores
-from fastmim_pipelines.demo import DemoSpec, write_demo
 from fastmim_pipelines.index import FolderIndex, open_index
 from fastmim_pipelines.pack import pack
 from loader_report import BASE, BETON, DALI, FFCV, FOLDER, PACKED
+from machine import commit
 from other_loaders import BATCH, SCALE, SIZE
+from photos import drawn, repeated
 from points import Points
 
 CROP = CropSpec((SIZE, SIZE), scale=SCALE)
-# As ImageNet's: 500 x 375 and the like, some 100 kB.
-PHOTO_SIZE = DemoSpec(short_side_px=(333, 375), grain=(5.0, 20.0))
 ROOT = Path(__file__).resolve().parents[1]
 # The smallest model on whole crops: what asks most of a loader.
 TRAINING = ["--method", "mae", "--preset", "demo", "--model", "vit_pico", "--image-size", "224", "--patch-size", "16", "--device", "cpu",
@@ -185,7 +183,6 @@ def in_training(folder: Path, points: Points) -> None:
 def setting() -> dict[str, str]:
     """What the figures depend on."""
     processor = Path("/proc/cpuinfo").read_text().partition("model name")[2].partition("\n")[0].strip("\t: ")
-    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
     found = {"Python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -196,7 +193,7 @@ def setting() -> dict[str, str]:
         "machine": f"{available_cores()} cores, {processor or platform.machine()}, load {os.getloadavg()[0]:.1f} before",
         "decoder": native_decode.choose()[1],
         "versions": ", ".join(f"{name} {version}" for name, version in found.items()),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit(),
         "command": " ".join(["python", os.path.relpath(sys.argv[0]), *map(os.path.basename, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -208,34 +205,24 @@ def describe(folder: Path) -> str:
     return f"{len(sizes)} files, {statistics.mean(sizes):.0f} kB on average"
 
 
-# -- data --------------------------------------------------------------------------------------------------------------
-
-
-def synthetic_photos(folder: Path, images: int) -> Path:
-    write_demo(folder, images=images, val_images=0, spec=PHOTO_SIZE, progress=lambda line: None)
-    return folder / "train"
-
-
-def repeated(folder: Path, temporary: Path, least: int = 400) -> Path:
-    """A folder of at least so many images: copies of the images of a folder, again and again if they are few."""
-    index = FolderIndex(folder)
-    for turn in range(-(-least // len(index))):
-        (temporary / str(turn)).mkdir(parents=True)
-        for i in range(len(index)):
-            shutil.copyfile(index.path(i), temporary / str(turn) / f"{i:07d}{Path(index.path(i)).suffix}")
-    return temporary
-
-
-def bench_loader(tmp_path, results, capsys):
+def bench_loader(tmp_path, results, capsys, told):
     """A few images of the demo set's kind; numbers are printed, never asserted: they belong to the machine."""
     if sys.platform != "linux":
-        return  # /proc tells the workers' CPU time
+        import pytest
+
+        pytest.skip("/proc, which tells the workers' CPU time, is Linux's")
     photos = os.environ.get("FASTMIM_BENCH_PHOTOS")
-    folder = repeated(Path(photos), tmp_path / "photos", 128) if photos else synthetic_photos(tmp_path, 96)
+    folder = repeated(Path(photos), tmp_path / "photos", 128) if photos else drawn(tmp_path, 96)
     points = Points(results / "loaders.jsonl")
+    title = PHOTOS if photos else DRAWN
     with capsys.disabled():
-        compare(PHOTOS if photos else DRAWN, folder, 512, 2, points, only=QUICK)
+        compare(title, folder, 512, 2, points, only=QUICK)
         print("\n" + loader_report.page(points.records))
+    ms = {row["loader"]: row["cpu_ms"] for row in loader_report.rows(points.records, title)}
+    told(
+        [each / 1e3 for each in ms.get(FOLDER, ms[BASE])],
+        {name: statistics.median(own) / 1e3 for name, own in ms.items()},
+    )
 
 
 def main() -> None:
@@ -257,7 +244,7 @@ def main() -> None:
         if arguments.photos:
             folders[PHOTOS] = repeated(arguments.photos, Path(temporary) / "photos")
         if not arguments.only_photos:
-            folders[DRAWN] = synthetic_photos(Path(temporary) / "synthetic", arguments.drawn)
+            folders[DRAWN] = drawn(Path(temporary) / "drawn", arguments.drawn)
         for title, folder in folders.items():
             only = arguments.only or ("" if title == PHOTOS else f"^fastmim folder$|^fastmim .*beton|^{DALI}$|^{FFCV}$")
             compare(title, folder, arguments.images, arguments.rounds, points, only)

@@ -6,6 +6,7 @@
 # fastmim but DeepSpeed (pytest, DALI, FFCV and xformers are not). What is missing may lie in build/packages
 # (pip install --target build/packages tyro ...), which is looked into first.
 # FASTMIM_GPU_DAY_DRY=1, or no GPU: the same on CPU tensors at tiny sizes, into FASTMIM_GPU_DAY_OUT or runs/gpu_day-dry.
+# FASTMIM_COMMIT=$(git describe --always --dirty=+) names the checkout in the results where a copy of it has no history.
 # Exit status: 0, 1 if a kernel is wrong or a suite failed, 2 for another number or a missing package, 124 out of time.
 set -u
 cd "$(dirname "$0")/.."
@@ -19,13 +20,14 @@ slices=(
     "mae: steps of ViT-B, all ways, and their profile"
     "mae-large: steps of ViT-L"
     "cmae: steps of ViT-B, all ways, and their profile"
-    "cae: steps of ViT-B, and their profile"
-    "mixedae, icmae, simmim: steps of ViT-B, and their profiles"
+    "cae: steps of ViT-B, all ways, and their profile"
+    "mixedae, icmae, simmim: steps of ViT-B, all ways, and their profiles"
     "compiled: every kernel against torch.compile"
     "stock-max: MAE ViT-B against torch.compile(max-autotune)"
     "e2e: runs of the trainer on pictures and without"
     "loaders: by CPU time per image"
     "batches: MAE and CMAE ViT-B at 64 and 1024 images"
+    "fp8: MAE ViT-L with 8-bit products and without"
 )
 
 list() {
@@ -59,7 +61,9 @@ dry=${FASTMIM_GPU_DAY_DRY:-}
 if [ -n "$dry" ]; then
     export CUDA_VISIBLE_DEVICES=
     out=${FASTMIM_GPU_DAY_OUT:-runs/gpu_day-dry}
-    base="--models vit_pico --batch-sizes 4 --image-size 32 --patch-size 8 --rounds 3 --checked 2 --seconds 5 --providers ours official"
+    # Compiling takes longer than all the rest.
+    export FASTMIM_BENCH_COMPILE=0
+    base="--models vit_pico --batch-sizes 4 --image-size 32 --patch-size 8 --rounds 3 --checked 2 --seconds 5"
     large=$base batches=$base profile="--model vit_pico --batch-size 4 --image-size 32 --patch-size 8"
     kernels="--ops gather,masks --seconds 20" checked="--ops gather,masks"
     e2e="--drawn 40 --steps 6" trained="--method mae --preset demo --batch-size 4"
@@ -83,7 +87,7 @@ run() {  # run COMMAND...: with what is left of the slice's time
     local left=$((seconds - SECONDS + began))
     [ "$left" -lt 10 ] && { echo "== no time left for: $*; the same command goes on"; failed=124; return; }
     echo "== $*"
-    timeout "$left" $python "$@"
+    timeout -k 10 "$left" $python "$@"
     local status=$?
     echo "== status $status, $((SECONDS - began)) s of $seconds"
     [ "$status" = 0 ] || failed=$status
@@ -103,14 +107,15 @@ main() {
     3) most --methods mae $base; profiled mae --ways ours official; steps --methods mae $base ;;
     4) most --methods mae $large; steps --methods mae $large ;;
     5) most --methods cmae $base; profiled cmae --ways ours official; steps --methods cmae $base ;;
-    6) steps --methods cae $base; profiled cae ;;
-    7) steps --methods mixedae icmae simmim $base; profiled mixedae icmae simmim ;;
+    6) most --methods cae $base; profiled cae; steps --methods cae $base ;;
+    7) most --methods mixedae icmae simmim $base; profiled mixedae icmae simmim; steps --methods mixedae icmae simmim $base ;;
     8) run bench/gpu_kernels.py time --providers ours,compile --out "$out/kernels-compiled.jsonl" $kernels ;;
-    9) FASTMIM_BENCH_COMPILE=max-autotune run bench/bench_step.py --json "$out/steps-max-autotune.jsonl" --methods mae \
+    9) FASTMIM_BENCH_COMPILE=${FASTMIM_BENCH_COMPILE:-max-autotune} run bench/bench_step.py --json "$out/steps-max-autotune.jsonl" --methods mae \
         --providers ours graph stock $base ;;
     10) run bench/bench_e2e.py --json "$out/e2e.jsonl" $e2e $trained ;;
     11) run bench/bench_loader.py --json "$out/loaders.jsonl" $loader ;;
     12) most --methods mae cmae $batches ;;
+    13) steps --providers ours graph blocks fp8 fp8-blocks --methods mae $large ;;
     esac
     $python bench/report.py "$out"/*.jsonl || failed=1
     return $failed

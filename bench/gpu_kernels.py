@@ -3,12 +3,11 @@
     python bench/gpu_kernels.py check              every case of every op against the reference in float64
     python bench/gpu_kernels.py time [--ops ...]   sizes of a training step: Triton, eager reference, torch.compile
 
-A case is timed only after its results agree with the reference. Times are medians of replayed CUDA graphs, where an op
-can be captured. GB/s is the least traffic of the forward pass (each input byte read once, each output
+A case is timed only after its results agree with the reference. Times are medians, with their 20 % and 80 % points, of
+replayed CUDA graphs, where an op can be captured; `launched`: the same with ordinary launches and a cold L2 cache. GB/s is the least traffic of the forward pass (each input byte read once, each output
 byte written once) divided by its time, and % its share of what a copy of 2 GiB reaches on the same GPU.
 
-With ``--out FILE`` a run that was broken off goes on where it stopped. It needs torch and Triton, and nothing else.
-Without a GPU, the native kernels take Triton's place, at sizes of 8 images: a rehearsal, whose times mean nothing.
+With ``--out FILE`` a run that was broken off goes on where it stopped. Without a GPU, the native kernels take Triton's place, at sizes of 8 images: a rehearsal, whose times mean nothing.
 """
 
 import argparse
@@ -19,19 +18,14 @@ import sys
 import time
 
 import torch
+from fastmim_kernels import cases, dispatch
+from machine import DEVICE as GPU
+from machine import IS_GPU, allocated, between_ceilings, machine
+from points import Points
+from sizes import training_sizes
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "kernels"))
-
-from fastmim_kernels import cases, dispatch  # noqa: E402
-from points import Points  # noqa: E402
-from sizes import training_sizes  # noqa: E402
-
-IS_GPU = torch.cuda.is_available()
-GPU = torch.device("cuda" if IS_GPU else "cpu")
 REHEARSED = "native" if "native" in dispatch.available("gather", "cpu") else "reference"
 OURS, IMAGES = ("triton", 1024) if IS_GPU else (REHEARSED, 8)
-DEVICE_NAME = torch.cuda.get_device_name() if IS_GPU else "CPU"
 
 
 def backend(name: str) -> None:
@@ -54,8 +48,7 @@ def check(ops: list[str], points: Points) -> int:
         large = large if IS_GPU else ()
         backend(OURS)
         wrong = sum(is_wrong(op, case) for case in small) + sum(differs_from_eager(op, case) for case in large)
-        points.add([{"suite": "check", "op": op, "cases": len(small) + len(large), "wrong": wrong, "device": DEVICE_NAME,
-                     "torch": torch.__version__}])  # fmt: skip
+        points.add([{"suite": "check", "op": op, "cases": len(small) + len(large), "wrong": wrong, **machine()}])  # fmt: skip
         failures, count = failures + wrong, count + len(small) + len(large)
         empty_cache()
     print(f"{count - failures} of {count} cases are right", flush=True)
@@ -110,31 +103,35 @@ def differs_from_eager(op: str, case: cases.Case) -> bool:
 WAITING = {"views"}
 
 
-def median_ms(step, is_captured: bool = True) -> float:
-    """Of a replayed CUDA graph, else of plain launches."""
+def times(step, is_captured: bool = True) -> dict[str, float]:
+    """ms, ms_20 and ms_80 of a replayed CUDA graph, and the median launched_ms of ordinary launches; of these alone, if it
+    cannot be captured."""
     if not IS_GPU:
-        return _rehearsed_ms(step)
+        return _spread([_rehearsed_ms(step)])
     from triton.testing import do_bench, do_bench_cudagraph
 
     for _ in range(3):
         step()
     torch.cuda.synchronize()
-    if is_captured:
-        return statistics.median(do_bench_cudagraph(step, rep=100, return_mode="all"))
-    return float(do_bench(step, warmup=25, rep=100, return_mode="median"))
+    launched = do_bench(step, warmup=25, rep=100, return_mode="all")
+    found = do_bench_cudagraph(step, rep=100, return_mode="all") if is_captured else launched
+    return _spread(found) | {"launched_ms": statistics.median(launched)}
+
+
+def _spread(ms: list[float]) -> dict[str, float]:
+    found = sorted(ms)
+    return {
+        "ms": statistics.median(found),
+        "ms_20": found[len(found) // 5],
+        "ms_80": found[-1 - len(found) // 5],
+        "n": len(found),
+    }
 
 
 def _rehearsed_ms(step) -> float:
     began = time.perf_counter()
     step()
     return 1e3 * (time.perf_counter() - began)
-
-
-def copy_bandwidth() -> float:
-    """GB/s, read and written, of a copy of 2 GiB: the ceiling of kernels that move data."""
-    source = torch.empty(1 << 31 if IS_GPU else 1 << 22, dtype=torch.uint8, device=GPU)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / median_ms(lambda: target.copy_(source)) / 1e6
 
 
 def steps(case: cases.Case, function):
@@ -168,15 +165,15 @@ def measure(op: str, case: cases.Case, provider: str) -> dict[str, float | str]:
     try:
         forward, both = steps(case, function)
         is_captured = provider == OURS or op not in WAITING
-        row: dict[str, float | str] = {"forward_ms": median_ms(forward, is_captured)}
+        row: dict[str, float | str] = {f"forward_{k}": v for k, v in times(forward, is_captured).items()}
         if IS_GPU:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            before = allocated()
             (both or forward)()
             row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
         if both:
-            row["both_ms"] = median_ms(both, is_captured)
+            row |= {f"both_{k}": v for k, v in times(both, is_captured).items()}
         return row
     except Exception as e:
         return {"error": f"{type(e).__name__}: {str(e).splitlines()[0][:200]}"}
@@ -186,39 +183,50 @@ def measure(op: str, case: cases.Case, provider: str) -> dict[str, float | str]:
 
 def compare(ops: list[str], providers: list[str], seconds: float, points: Points) -> int:
     """Times what the file lacks; returns the number of cases that were wrong."""
-    sizes, start = training_sizes(IMAGES), time.monotonic()
-    ceiling = copy_bandwidth()
-    print(f"{DEVICE_NAME}, torch {torch.__version__}; a copy moves {ceiling:.0f} GB/s; ms, forward | with backward")
-    print(f"{'op':14} {'case':66} {'GB/s':>6} {'%':>4} " + " ".join(f"{p:>18}" for p in providers) + "  MiB")
-    failures = 0
-    for op, case in [(name, case) for name in ops for case in sizes.get(name, ())]:
-        key = (op, case.function, case.name, *providers)
-        if points.has(lambda r: (r.get("op"), r.get("function"), r.get("case"), *r.get("providers", ())), key):
-            continue
-        if time.monotonic() - start > seconds:
-            print(f"stopped before {op} {case.name}: {seconds:.0f} seconds are over; the same command goes on")
-            break
-        if differs_from_eager(op, case):
-            failures += 1
-            continue
-        rows = {provider: measure(op, case, provider) for provider in providers}
-        ours = rows[OURS]
-        rate = case.bytes_moved / ours["forward_ms"] / 1e6 if "forward_ms" in ours else 0.0
-        cells = " ".join(f"{cell(rows[p]):>18}" for p in providers)
-        mib = "/".join(f"{r.get('peak_mib', 0):.0f}" for r in rows.values())
-        print(
-            f"{op:14} {case.function + ' ' + case.name:66} {rate:6.0f} {100 * rate / ceiling:4.0f} {cells}  {mib}",
-            flush=True,
-        )
-        for provider, row in rows.items():
-            if "error" in row:
-                print(f"{'':14} {provider}: {row['error']}")
-        points.add([{
-            "suite": "gpu kernels", "op": op, "case": case.name, "function": case.function, "providers": rows,
-            "bytes_moved": case.bytes_moved, "flops": case.flops, "device": DEVICE_NAME, "torch": torch.__version__,
-            "copy_gb_s": ceiling, "gb_s": rate,
-        }])  # fmt: skip
+    sizes = training_sizes(IMAGES)
+    todo = [
+        (op, case)
+        for op in ops
+        for case in sizes.get(op, ())
+        if not points.has(key, (op, case.function, case.name, *providers))
+    ]
+    if not todo:
+        print("all is in the file already")
+        return 0
+    start, failures = time.monotonic(), 0
+    with between_ceilings(points) as ceiling:
+        print(f"{ceiling['device']}, torch {torch.__version__}; ms, forward | with backward; %: of a copy's GB/s")
+        print(f"{'op':14} {'case':66} {'GB/s':>6} {'%':>4} " + " ".join(f"{p:>18}" for p in providers) + "  MiB")
+        for op, case in todo:
+            if time.monotonic() - start > seconds:
+                print(f"stopped before {op} {case.name}: {seconds:.0f} seconds are over; the same command goes on")
+                break
+            if differs_from_eager(op, case):
+                failures += 1
+                continue
+            rows = {provider: measure(op, case, provider) for provider in providers}
+            rate = case.bytes_moved / rows[OURS]["forward_ms"] / 1e6 if "forward_ms" in rows[OURS] else 0.0
+            points.add([{
+                "suite": "gpu kernels", "op": op, "case": case.name, "function": case.function, "providers": rows,
+                "n": rows[OURS].get("forward_n", 0), "bytes_moved": case.bytes_moved, "flops": case.flops,
+                "copy_gb_s": ceiling["copy_gb_s"], "gb_s": rate, **machine(),
+            }])  # fmt: skip
+            show(points.records[-1])
     return failures
+
+
+def key(record: dict) -> tuple:
+    return record.get("op"), record.get("function"), record.get("case"), *record.get("providers", ())
+
+
+def show(r: dict) -> None:
+    rows, share = r["providers"], 100 * r["gb_s"] / r["copy_gb_s"]
+    cells = " ".join(f"{cell(row):>18}" for row in rows.values())
+    mib = "/".join(f"{row.get('peak_mib', 0):.0f}" for row in rows.values())
+    print(f"{r['op']:14} {r['function'] + ' ' + r['case']:66} {r['gb_s']:6.0f} {share:4.0f} {cells}  {mib}", flush=True)
+    for provider, row in rows.items():
+        if "error" in row:
+            print(f"{'':14} {provider}: {row['error']}")
 
 
 def cell(row: dict[str, float | str]) -> str:

@@ -171,6 +171,14 @@ def train_command(method: str, seed: int, length: list[str], out: Path, data: st
     ]  # fmt: skip
 
 
+def fitting(method: str, images: int, extra: list[str]) -> list[str]:
+    """A smaller batch, in whole groups of any method, where there are fewer images than the preset's has."""
+    from fastmim.methods.base import find
+
+    is_small = images < find(method).PRESETS["demo"].train["batch_size"] and "--batch-size" not in extra
+    return ["--batch-size", str(max(16, images // 16 * 16))] if is_small else []
+
+
 def told(command: list[str], out: Path, args: argparse.Namespace) -> str:
     """The command as one would type it, without this machine's folders; an archive stands for what it unpacks to."""
     data = str(args.data or DEMO_DATA / "train")
@@ -201,12 +209,13 @@ def train_method(method: str, seed: int, scratch: Path, args: argparse.Namespace
     row, out, data = Row(method, seed), scratch / f"{method}-{seed}", ruler.train.root
     try:
         length = ["--epochs", f"{args.epochs:g}"]
+        batch = fitting(method, len(ruler.train), args.extra)
         if args.minutes_per_method:
             trial = scratch / f"{method}-{seed}-trial"
-            records = run(train_command(method, seed, ["--steps", str(TRIAL_STEPS)], trial, data, args), trial)
+            records = run(train_command(method, seed, [*batch, "--steps", str(TRIAL_STEPS)], trial, data, args), trial)
             speed = max(r["images_per_s"] for r in records if "loss" in r)
             length = ["--epochs", f"{max(1, 60 * args.minutes_per_method * speed / len(ruler.train)):.0f}"]
-        command = train_command(method, seed, length, out, data, args)
+        command = train_command(method, seed, [*batch, *length], out, data, args)
         row.command = told(command, out, args)
         began = time.perf_counter()
         records = run(command, out)

@@ -1,11 +1,17 @@
 """The machine that is measured: its device, its clock, its ceilings, and what a record says of it."""
 
+import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from pathlib import Path
 
 import torch
+from points import Points
 
 from fastmim.device import default_precision
 
@@ -49,12 +55,48 @@ def ceilings() -> dict:
     }  # fmt: skip
 
 
+CEILINGS = ("matmul_tflops", "copy_gb_s")
+
+
+@contextmanager
+def between_ceilings(points: Points) -> Iterator[dict]:
+    """Adds the ceilings before and after what is measured inside, the latter with their `drift`: the largest relative
+    change. What is yielded are the former."""
+    first = ceilings()
+    points.add([first])
+    yield first
+    last = ceilings()
+    drift = max(abs(last[name] / first[name] - 1) for name in CEILINGS)
+    points.add([last | {"drift": drift}])
+    for name in CEILINGS:
+        print(f"  {name}: {first[name]:.3g} first, {last[name]:.3g} last")
+
+
 def machine() -> dict:
-    """Device, threads, versions, and the checkout that was measured; "+" where it differs from that commit."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False)
+    """Device, threads, versions, and the checkout that is measured."""
     name = torch.cuda.get_device_name() if IS_GPU else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": name, "device_type": DEVICE.type, "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "commit": git.stdout.strip() or "unknown"}  # fmt: skip
+    return {"device": name, "device_type": DEVICE.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version(), **_triton(), "commit": commit()}  # fmt: skip
+
+
+@cache
+def commit() -> str:
+    """Of the checkout when it was first asked for, "+" where it differs from that commit. Of a copy without its history
+    FASTMIM_COMMIT tells it, else it is unknown."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        found = ""
+    return found or os.environ.get("FASTMIM_COMMIT", "unknown")
+
+
+@cache
+def _triton() -> dict:
+    try:
+        return {"triton": metadata.version("triton")} if IS_GPU else {}
+    except metadata.PackageNotFoundError:
+        return {}
 
 
 SENSORS = ("clocks.sm", "power.draw", "temperature.gpu")

@@ -7,6 +7,8 @@ They get what their users would give them: torch's fused attention and fused Ada
 import importlib
 import re
 import sys
+import warnings
+from abc import ABC, abstractmethod
 from functools import partial
 
 import official
@@ -95,7 +97,7 @@ def published(method: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in found.items()}
 
 
-class Own(OfficialStyle):
+class Own(OfficialStyle, ABC):
     """A model of another package that starts from our weights."""
 
     takes, fused_optimizer, reads_loss = ("mae",), True, False
@@ -114,12 +116,17 @@ class Own(OfficialStyle):
     def trained(self) -> list[tuple[str, nn.Parameter]]:
         return self.parameters
 
+    @abstractmethod
     def build(self) -> nn.Module:
-        raise NotImplementedError
+        """The model."""
 
+    @abstractmethod
     def renamed(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """What `published` gives under the model's names."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """The loss."""
 
 
 class HuggingFace(Own):
@@ -186,8 +193,6 @@ class Lightly(Own):
     needs = "lightly.models.modules"
 
     def build(self) -> nn.Module:
-        import warnings
-
         from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
         from timm.models.vision_transformer import VisionTransformer
 

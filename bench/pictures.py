@@ -1,14 +1,20 @@
 """Pictures of records of results, with matplotlib: bars per method, a roofline per kernel, bars per loader."""
 
 import statistics
+import textwrap
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
 import loader_report
-from points import latest
+from kernel_report import roofs, share_of_roof
+from points import latest, origin
+from step_report import case_name, case_of
 
-BACKENDS = ("triton", "native", "reference")
+# Inches: a row of bars, its frame (title, axis, legend), a letter of a label of 7 points.
+ROW, FRAME, LETTER = 0.2, 1.3, 0.066
+# Between groups, in rows.
+GAP = 0.7
 
 
 def has_picture(suite: str, records: list[dict]) -> bool:
@@ -28,24 +34,47 @@ def draw(suite: str, records: list[dict], path: Path) -> None:
         print(f"no {path.name}: pip install matplotlib")
         return
     figure = DRAW[suite](records, plt)
-    figure.tight_layout()
-    # No version and no date inside: the same numbers give the same file.
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    # No version and no date inside: the same numbers give the same file. Tight: nothing of a label or legend is cut.
+    figure.savefig(path, dpi=110, metadata={"Software": None}, bbox_inches="tight")
     plt.close(figure)
+
+
+def _bars(plt, labels: list[str], rows: float | None = None, above: float = 0):
+    """(figure, axes, axes above): for horizontal bars from top to bottom, as high as there are rows and as wide as the
+    labels need; with axes of another kind above where a height in inches is given, else None."""
+    rows = rows or len(labels)
+    width, height = 6 + LETTER * max(map(len, labels)), FRAME + ROW * rows
+    if above:
+        figure, (top, axes) = plt.subplots(
+            2, figsize=(width, above + height), height_ratios=(above, height), layout="constrained"
+        )
+    else:
+        (figure, axes), top = plt.subplots(figsize=(width, height), layout="constrained"), None
+    axes.tick_params(labelsize=7)
+    axes.set_ylim(rows - 0.4, -0.6)
+    return figure, axes, top
+
+
+def _title(axes, text: str, about: str) -> None:
+    axes.set_title("\n".join([text, *textwrap.wrap(about, 110, break_on_hyphens=False)]), fontsize=8, loc="left")
+
+
+def _legend(figure, axes, columns: int) -> None:
+    """Below the axes, where no bar can be."""
+    found = dict(zip(*reversed(axes.get_legend_handles_labels())))
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns, fontsize=7, frameon=False)
+
+
+# ---- training steps
 
 
 def draw_steps(records: list[dict], plt):
     """Images per second of every way, a group of bars per case."""
-    from report import CASE, case_name
-
-    def case_of(r: dict) -> tuple:
-        return tuple(r[key] for key in CASE)
-
     steps = latest((r for r in records if r["suite"] == "step"), lambda r: (*case_of(r), r["provider"]))
     cases = [list(points) for _, points in groupby(sorted(steps, key=case_of), key=case_of)]
     ways = list(dict.fromkeys(r["provider"] for r in steps))
     colors = dict(zip(ways, plt.get_cmap("tab10").colors))
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.28 * len(steps) + 0.2 * len(cases)))
+    figure, axes, _ = _bars(plt, [case_name(points[0]) for points in cases], rows=len(steps) + GAP * (len(cases) - 1))
     y, ticks = 0.0, []
     for points in cases:
         start = y
@@ -57,95 +86,89 @@ def draw_steps(records: list[dict], plt):
             axes.text(share, y, f" {r['provider']} {r['images_per_s']:.1f}", va="center", fontsize=7)
             y += 1
         ticks.append(((start + y - 1) / 2, case_name(points[0])))
-        y += 0.7
-    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("images per second, of the fastest way of each case")
-    axes.set_title(f"{steps[0]['device']}, {steps[0]['threads']} thread(s)", fontsize=9)
-    axes.margins(x=0.18)
+        y += GAP
+    axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
+    axes.set_xlim(0, 1.2)
+    axes.set_xlabel("images per second, of the fastest way of each case", fontsize=8)
+    _title(axes, "Training steps: images per second", origin(steps))
     return figure
 
 
 # ---- kernels
 
 
-def roofs(records: list[dict]) -> tuple[float, float] | None:
-    """(FLOP/s of products, bytes per second of a copy) that a file measured; None without."""
-    found = [r for r in records if r.get("suite") == "ceiling"]
-    if not found:
-        return None
-    return max(r["matmul_tflops"] for r in found) * 1e12, max(r["copy_gb_s"] for r in found) * 1e9
-
-
-def share_of_roof(r: dict, ceilings: tuple[float, float] | None) -> float | None:
-    """Time of a forward pass at the ceilings over the time that it takes."""
-    if ceilings is None or r["suite"] != "kernels" or "forward_ms" not in r:
-        return None
-    seconds = 1e-3 * next(r["forward_ms"][c] for c in BACKENDS if c in r["forward_ms"])
-    return max(r["flops"] / ceilings[0], r["bytes_moved"] / ceilings[1]) / seconds
-
-
 def draw_kernels(records: list[dict], plt):
-    """The roofline with every op that computes, and the share of the ceiling that each op's forward pass reaches."""
-    ceilings = roofs(records)
+    """The share of the ceiling that each op's forward pass reaches; above, the roofline with every op that computes."""
+    roof = roofs(records)
     own = [r for r in records if r["suite"] == "kernels"]
-    shares = [(share_of_roof(r, ceilings), r) for r in own]
+    shares = [(share_of_roof(r, roof), r) for r in own]
     shares = sorted(((s, r) for s, r in shares if s is not None), key=lambda pair: pair[0])
-    figure, (left, right) = plt.subplots(1, 2, figsize=(13, 1.5 + 0.22 * len(shares)), width_ratios=(1.1, 1))
-    points = []
-    for share, r in shares:
-        if r["flops"] and r["bytes_moved"]:
-            bound = max(r["flops"] / ceilings[0], r["bytes_moved"] / ceilings[1])
-            points.append((r["flops"] / r["bytes_moved"], r["flops"] * share / bound, r["function"]))
+    points = [
+        (r["flops"] / r["bytes_moved"], _speed(share, r, roof), r["function"]) for share, r in shares if r["flops"]
+    ]
+    names = [f"{r['function']} {r['case']}" for _, r in shares]
+    figure, bars, above = _bars(plt, names, above=4.5 if points else 0)
+    bars.barh(range(len(shares)), [100 * s for s, _ in shares], color="tab:blue")
+    bars.set_yticks(range(len(shares)), names)
+    bars.set_xlabel("forward pass, % of the ceiling (above 100: tensors stay in caches)", fontsize=8)
     if points:
-        _roofline(left, points, ceilings)
-    names = [f"{r['function']} {r['case']}"[:60] for _, r in shares]
-    right.barh(range(len(shares)), [100 * s for s, _ in shares], color="tab:blue")
-    right.set_yticks(range(len(shares)), names, fontsize=6)
-    right.set_xlabel("forward pass, % of the ceiling", fontsize=8)
-    figure.suptitle(own[0]["setting"], fontsize=9)
+        _roofline(above, points, roof, plt.get_cmap("tab20").colors)
+    _title(above or bars, "Kernels at the machine's ceilings", origin(own))
     return figure
 
 
-def _roofline(axes, points: list[tuple[float, float, str]], ceilings: tuple[float, float]) -> None:
+def _speed(share: float, r: dict, roof: tuple[float, float]) -> float:
+    """FLOP/s of a forward pass that reaches a share of its ceiling."""
+    return r["flops"] * share / max(r["flops"] / roof[0], r["bytes_moved"] / roof[1])
+
+
+def _roofline(axes, points: list[tuple[float, float, str]], roof: tuple[float, float], colors) -> None:
     xs = [x for x, _, _ in points]
-    low, ridge, high = min(xs) / 2, ceilings[0] / ceilings[1], 2 * max(*xs, ceilings[0] / ceilings[1])
-    axes.loglog([low, ridge, high], [low * ceilings[1], ceilings[0], ceilings[0]], color="black", linewidth=1)
-    for name in dict.fromkeys(name for _, _, name in points):
+    low, ridge, high = min(xs) / 2, roof[0] / roof[1], 2 * max(*xs, roof[0] / roof[1])
+    axes.loglog([low, ridge, high], [low * roof[1], roof[0], roof[0]], color="black", linewidth=1)
+    for i, name in enumerate(dict.fromkeys(name for _, _, name in points)):
         own = [(x, y) for x, y, n in points if n == name]
-        axes.loglog([x for x, _ in own], [y for _, y in own], "o", markersize=4, label=name)
+        style = {"marker": "osD^v"[i // len(colors) % 5], "color": colors[i % len(colors)], "linestyle": ""}
+        axes.loglog([x for x, _ in own], [y for _, y in own], markersize=5, label=name, **style)
     axes.set_xlabel("FLOP per byte (least traffic)", fontsize=8)
     axes.set_ylabel("FLOP/s of the forward pass", fontsize=8)
-    axes.legend(fontsize=6)
+    axes.tick_params(labelsize=7)
+    axes.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def draw_gpu_kernels(records: list[dict], plt):
     """The share of a copy's speed that each op's forward pass reaches."""
     own = [r for r in records if r["suite"] == "gpu kernels"]
-    figure, axes = plt.subplots(figsize=(9, 1.5 + 0.22 * len(own)))
+    names = [f"{r['function']} {r['case']}" for r in own]
+    figure, axes, _ = _bars(plt, names)
     axes.barh(range(len(own)), [100 * r["gb_s"] / r["copy_gb_s"] for r in own], color="tab:blue")
-    axes.set_yticks(range(len(own)), [f"{r['function']} {r['case']}"[:70] for r in own], fontsize=6)
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(own)), names)
     axes.set_xlabel("GB/s of the forward pass, % of a copy", fontsize=8)
-    axes.set_title(own[0]["device"], fontsize=9)
+    _title(axes, "Kernels: least traffic over time", origin(own))
     return figure
+
+
+# ---- loaders
 
 
 def draw_loaders(records: list[dict], plt):
     """CPU time per image, a group of bars per data set."""
     titles = [t for t in dict.fromkeys(r["data"] for r in records) if t != loader_report.IN_TRAINING]
     found = [(title, row) for title in titles for row in loader_report.rows(records, title) if row["cpu_ms"]]
-    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.28 * len(found)))
+    names = [row["loader"] for _, row in found]
+    figure, axes, _ = _bars(plt, names)
     colors = dict(zip(titles, plt.get_cmap("tab10").colors))
     for y, (title, row) in enumerate(found):
         axes.barh(y, statistics.median(row["cpu_ms"]), color=colors[title], label=title)
-    axes.margins(y=0.01)
-    axes.set_yticks(range(len(found)), [row["loader"] for _, row in found], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(found)), names)
     axes.set_xlabel("CPU ms per image", fontsize=8)
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
-    axes.legend(handles.values(), handles.keys(), fontsize=7)
-    axes.set_title(found[0][1]["machine"], fontsize=9)
+    _legend(figure, axes, columns=2)
+    last = found[-1][1]
+    rounds = sorted({len(row["cpu_ms"]) for _, row in found})
+    many = f"n = {rounds[0]}" + f" to {rounds[-1]}" * (len(rounds) > 1) + " rounds"
+    _title(
+        axes, "Loaders: CPU time per image", f"{last['machine']}; {last['versions']}; commit {last['commit']}; {many}"
+    )
     return figure
 
 

@@ -49,3 +49,20 @@ def latest(records: Iterable[dict], key: Callable[[dict], Hashable]) -> list[dic
     for record in records:
         found[key(record)] = record
     return list(found.values())
+
+
+# Of a record, as a reader wants to see them.
+ORIGIN = (("device", "{}"), ("threads", "{} thread(s)"), ("backend", "{} kernels"), ("torch", "torch {}"), ("triton", "Triton {}"), ("python", "Python {}"),
+          ("commit", "commit {}"))  # fmt: skip
+
+
+def origin(records: list[dict]) -> str:
+    """Where records come from: device, versions, commits, n; what they do not say is left out."""
+    parts = []
+    for key, form in ORIGIN:
+        values = dict.fromkeys(str(r[key]) for r in records if key in r)
+        parts += [form.format(", ".join(values))] * bool(values)
+    rounds = [r["n"] for r in records if "n" in r]
+    if rounds:
+        parts.append(f"n = {min(rounds)}" + f" to {max(rounds)}" * (max(rounds) > min(rounds)))
+    return "; ".join(parts)

@@ -14,6 +14,7 @@ import torch
 from fastmim_pipelines import make_loader
 from machine import DEVICE
 
+from fastmim import float8
 from fastmim.bench import config_of
 from fastmim.compiling import compile_blocks
 from fastmim.engine import base as engines
@@ -38,6 +39,8 @@ class Ours:
     takes: tuple[str, ...] = ()
     """Methods that it can take a step of; (): all."""
     has_graph = False
+    tolerance = 0.0
+    """How far its losses may be from ours, relative, if more than rounding allows."""
 
     def __init__(self, case: dict):
         config = config_of(case)
@@ -78,23 +81,25 @@ class Ours:
 
 
 class Plain(Ours):
-    """The same on the plain torch ops of the kernel package."""
+    """The same on the plain torch ops of the kernel package, the optimizer's among them."""
 
-    # The backward pass of an op is that of the backend that computed it; the average of targets stays a fast one.
     reference = partial(patch.dict, os.environ, FASTMIM_KERNELS="reference")
+
+    def start(self) -> None:
+        super().start()
+        self.engine.copies = {}
 
     def forward(self) -> torch.Tensor:
         with self.reference():
             return super().forward()
 
-    def gradient(self) -> list[StepOutput]:
+    def finish(self, loss: torch.Tensor) -> None:
         with self.reference():
-            return super().gradient()
+            super().finish(loss)
 
-    def start(self) -> None:
-        super().start()
-        self.engine.optimizer = torch.optim.AdamW(self.engine.optimizer.param_groups, lr=LR, betas=BETAS, foreach=False)
-        self.engine.optimizer.zero_grad()
+    def step(self) -> torch.Tensor:
+        with self.reference():
+            return super().step()
 
 
 class Compiled(Ours):
@@ -119,6 +124,21 @@ class Graph(Ours):
     def step(self) -> torch.Tensor:
         outputs, _ = self.static(self.batch, self.rng, LR, self.momentum)
         return torch.stack([out.loss for out in outputs]).mean()
+
+
+class Fp8(Graph):
+    """`--fp8 wide`, as a graph."""
+
+    tolerance = 2e-2
+
+    def start(self) -> None:
+        float8.check(self.method, "wide", DEVICE, self.precision)
+        float8.convert(self.method, "wide")
+        super().start()
+
+
+class Fp8Compiled(Fp8, Compiled):
+    """`--fp8 wide --compile blocks`, as a graph."""
 
 
 class OfficialStyle(Ours):

@@ -1,0 +1,113 @@
+"""Tables of the records of bench_step.py."""
+
+from itertools import groupby
+
+from points import latest, origin
+
+CASE = ("device", "threads", "method", "model", "image_size", "patch_size", "batch_size", "precision")
+MACHINE = ("device", "threads", "torch")
+# Ceilings that move by more make their run void. Source: the protocol in NOTES.md.
+MOST_DRIFT = 0.03
+HEAD = """# Training steps
+
+Written by `fastmim bench step --json {name}`. Ways to take the same step, in turns; what they are is said at the head of
+`bench/bench_step.py`. On CPUs, times are process CPU time per thread. n: steps of each; ms: the median, and the 20 % and
+80 % points; slower: that way's time over ours, the median of the rounds' ratios, at equal losses (loss error: the largest
+relative difference to ours before timing). MFU: FLOPs of the published algorithm over the machine's measured matrix products, and over its datasheet.
+launches: what the host starts in a step, on a CPU operations; kernels: what a GPU runs; syncs: how often the host waits;
+saved: MiB kept for the backward pass; peak: MiB of GPU memory; first: seconds until the first step is done, compilation included.
+"""
+# What we aim at on an H200 with bf16: share of the measured matrix products, images per second. Set before anything was
+# measured, from the FLOPs and the bytes of each method.
+TARGETS = {
+    ("mae", "vit_base"): (0.60, 8100), ("mae", "vit_large"): (0.66, 4200), ("cmae", "vit_base"): (0.57, 4000),
+    ("cae", "vit_base"): (0.45, 2200), ("mixedae", "vit_base"): (0.53, 7100), ("icmae", "vit_base"): (0.55, 6100),
+}  # fmt: skip
+# Heading, key of a record, format, factor; columns in which a table has nothing are left out.
+COLUMNS = (
+    ("n", "n", "d", 1), ("ms", "ms", ".1f", 1), ("20 %", "ms_20", ".1f", 1), ("80 %", "ms_80", ".1f", 1),
+    ("images/s", "images_per_s", ".1f", 1), ("MFU", "mfu_measured", ".0f %", 100), ("of datasheet", "mfu_datasheet", ".0f %", 100),
+    ("slower", "slower", ".2fx", 1), ("loss error", "loss_error", ".1e", 1), ("launches", "launches", "d", 1),
+    ("kernels", "kernels", "d", 1), ("syncs", "host_syncs", "d", 1), ("saved", "saved_mib", ".0f", 1),
+    ("peak", "peak_mib", ".0f", 1), ("first", "first_step_s", ".1f", 1),
+)  # fmt: skip
+
+
+def page(records: list[dict], name: str) -> str:
+    """One table per machine, one line per case and way."""
+    lines = [HEAD.format(name=name)]
+    points = latest((r for r in records if r["suite"] in ("step", "missing")), lambda r: (*case_of(r), r["provider"]))
+    steps = [r for r in points if r["suite"] == "step"]
+    for machine, own in groupby(sorted(steps, key=_machine), key=_machine):
+        own = sorted(own, key=case_of)
+        lines += [f"## {own[0]['device']}, {own[0]['threads']} thread(s)\n", f"{origin(own)}.\n"]
+        lines.append(f"{ceilings([r for r in records if r['suite'] == 'ceiling' and _machine(r) == machine])}\n")
+        lines += [*_table(own), ""]
+        lines += _absent([r for r in points if r["suite"] == "missing" and _machine(r) == machine])
+        if "H200" in own[0]["device"]:
+            lines += _targets([r for r in own if r["provider"] in ("ours", "graph")])
+    return "\n".join(lines)
+
+
+def ceilings(found: list[dict]) -> str:
+    """A sentence on the ceilings of one machine."""
+    if not found:
+        return "Ceilings: not measured."
+    products, copies = (max(r[key] for r in found) for key in ("matmul_tflops", "copy_gb_s"))
+    text = f"Ceilings: products {products:.3g} TFLOP/s, copies {copies:.3g} GB/s."
+    drifts = [r["drift"] for r in found if "drift" in r]
+    wrong = [d for d in drifts if d > MOST_DRIFT]
+    if wrong:
+        text += (f" In {len(wrong)} of {len(drifts)} runs they moved by more than {100 * MOST_DRIFT:.0f} %, at most by "
+                 f"{100 * max(wrong):.0f} %: shares of them and images per second are void there, ratios of ways, which took "
+                 "turns, are not.")  # fmt: skip
+    elif drifts:
+        text += f" Over {len(drifts)} run(s) they moved by {100 * max(drifts):.1f} % at most."
+    return text
+
+
+def _table(own: list[dict]) -> list[str]:
+    rows = []
+    for _, points in groupby(own, key=case_of):
+        found = sorted(points, key=lambda r: r["ms"])
+        ours = next((r["ms"] for r in found if r["provider"] == "ours"), None)
+        rows += [{"slower": r["ms"] / ours if ours else None} | r for r in found]
+    shown = [column for column in COLUMNS if any(r.get(column[1]) is not None for r in rows)]
+    return [
+        f"| case | way | {' | '.join(title for title, *_ in shown)} |",
+        f"|---|---|{'---|' * len(shown)}",
+        *(f"| {case_name(r)} | {r['provider']} | {' | '.join(_cell(r, *column) for column in shown)} |" for r in rows),
+    ]
+
+
+def _cell(r: dict, title: str, key: str, form: str, factor: int) -> str:
+    if r.get(key) is None:
+        return ""
+    form, unit = form.rstrip("x %"), form[len(form.rstrip("x %")) :]
+    return format(factor * r[key], form) + unit
+
+
+def _absent(missing: list[dict]) -> list[str]:
+    reasons = dict.fromkeys(f"Not measured: {r['provider']} for {r['method']} ({r['why']})." for r in missing)
+    return [*reasons, ""] if reasons else []
+
+
+def _targets(ours: list[dict]) -> list[str]:
+    lines = ["| case | way | images/s | aim | MFU | aim | reached |", "|---|---|---|---|---|---|---|"]
+    for (method, model), (share, speed) in TARGETS.items():
+        for r in (r for r in ours if (r["method"], r["model"]) == (method, model)):
+            lines.append(f"| {case_name(r)} | {r['provider']} | {r['images_per_s']:.0f} | {speed} | {100 * r['mfu_measured']:.0f} % | "
+                         f"{100 * share:.0f} % | {100 * r['images_per_s'] / speed:.0f} % |")  # fmt: skip
+    return [*lines, ""] if len(lines) > 2 else []
+
+
+def _machine(record: dict) -> tuple:
+    return tuple(record[key] for key in MACHINE)
+
+
+def case_of(record: dict) -> tuple:
+    return tuple(record[key] for key in CASE)
+
+
+def case_name(record: dict) -> str:
+    return "{method} {model}/{patch_size} {image_size}px b{batch_size} {precision}".format(**record)
