@@ -39,7 +39,10 @@ WHOLE = {
         pixel_loss.case((64, 3, 224, 224), 16, 147),
         pixel_loss.case((64, 3, 224, 224), 16, 147, dtype=torch.bfloat16),
     ),
-    "topk": (topk.case(64, 12, 196, 49, 64), topk.case(64, 12, 196, 49, 64, dtype=torch.bfloat16)),
+    "topk": (
+        topk.case(64, 12, 196, 49, 64, is_coarse=True),
+        topk.case(64, 12, 196, 49, 64, dtype=torch.bfloat16, is_coarse=True),
+    ),
 }  # fmt: skip
 IS_SHORT = os.environ.get("FASTMIM_BENCH_SHORT") == "1"
 
@@ -151,7 +154,8 @@ def bench_op(op, case, device, points, monkeypatch, told):
     providers = {}
     for backend in dispatch.available(op, device.type):
         monkeypatch.setenv(dispatch.VARIABLE, backend)
-        assert cases.error(case, device) <= case.tolerance
+        # The reference is plain torch here, which rounds after each step.
+        assert cases.error(case, device) <= (case.tolerance if backend != "reference" else PLAIN_TOLERANCE)
         providers[backend] = Provider(cases.public(case), case, device, backend)
     function = plain(case, device)
     if function is not None:

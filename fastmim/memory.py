@@ -5,6 +5,7 @@ bf16): within 1 %.
 """
 
 import weakref
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -147,14 +148,26 @@ SMALL_TENSOR = 16 << 20
 
 
 class Largest(TorchDispatchMode):
-    """The largest storage that an op returns, in bytes."""
+    """The largest storage, in bytes, that an op makes of a batch: what is made of weights alone does not grow with it.
 
-    bytes = 0
+    Args:
+        batch: tensors of the batch.
+    """
+
+    def __init__(self, batch: Iterable[Tensor]):
+        super().__init__()
+        self.bytes = 0
+        # Held, so that no other storage gets the same address meanwhile.
+        self._of_batch = {_key(t): t.untyped_storage() for t in batch}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        sizes = (t.untyped_storage().nbytes() for t in tree_leaves(out) if isinstance(t, Tensor))
-        self.bytes = max(self.bytes, *sizes, 0)
+        given, made = ([t for t in tree_leaves(x) if isinstance(t, Tensor)] for x in ((args, kwargs), out))
+        if any(_key(t) in self._of_batch for t in given):
+            for tensor in made:
+                if _key(tensor) not in self._of_batch:
+                    self._of_batch[_key(tensor)] = tensor.untyped_storage()
+                    self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
         return out
 
 
@@ -166,7 +179,7 @@ def largest_tensor(name: str, model: ModelSpec, options: Any, batch: int, *, low
         method.to_empty(device="cpu")
         images = (torch.zeros(batch, model.in_chans, *crop.size, dtype=torch.uint8) for crop in method.crops)
         data, rng = Batch(tuple(images), torch.arange(batch)), torch.zeros(2, dtype=torch.int64)
-        with Largest() as largest, torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
+        with Largest([*data.crops, data.ids]) as largest, torch.autocast("cpu", torch.bfloat16, enabled=low_precision):
             method(data, rng)
     return largest.bytes
 

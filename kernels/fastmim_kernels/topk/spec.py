@@ -15,19 +15,24 @@ def case(
     dtype: torch.dtype = torch.float32,
     scale: float | None = None,
     is_counted: bool = False,
+    is_coarse: bool = False,
 ) -> Case:
+    """is_coarse: scores that float32 holds exactly. Among many queries, some have two keys whose scores are so close that
+    rounding decides between them."""
     length = prefix + patches
 
     def make(device: torch.device) -> Inputs:
         g = generator(10)
         # As a fused projection gives them: views into (B, N, 3, H, d).
         qkv = torch.randn((batch, length, 3, heads, width), generator=g).to(device, dtype)
+        if is_coarse:
+            qkv = (4 * qkv).round() / 4
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         labels = torch.randint(0, 4, (batch, patches), generator=g).to(device) if is_counted else None
         return {"q": q, "k": k, "v": v, "topk": topk, "num_prefix": prefix, "scale": scale, "labels": labels}
 
     name = f"B{batch}_H{heads}_L{patches}_K{topk}_P{prefix}_d{width}_{str(dtype)[6:]}"
-    name += f"_scale{scale}" * (scale is not None) + "_counted" * is_counted
+    name += f"_scale{scale}" * (scale is not None) + "_counted" * is_counted + "_coarse" * is_coarse
     # bfloat16: weights and results are rounded; a gradient sums N products of such.
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     moved = 4 * batch * heads * length * width * dtype.itemsize
