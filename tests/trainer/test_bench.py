@@ -86,7 +86,7 @@ def test_ways_agree_are_counted_and_missing_ones_are_said(step, tmp_path, capsys
     assert ways["ours"]["other_batch"] == 8 and ways["ours"]["other_ms"] > 0 and "other_ms" not in ways["plain"]
     missing = {r["provider"]: r["why"] for r in found if r["suite"] == "missing"}
     assert missing == {"timm": "no_such_package is not installed", "hf": "hf has mae alone"}
-    assert "timm     not measured: no_such_package is not installed" in capsys.readouterr().out
+    assert "timm       not measured: no_such_package is not installed" in capsys.readouterr().out
     assert [json.loads(line)["suite"] for line in path.read_text().splitlines()] == [r["suite"] for r in found]
 
 
