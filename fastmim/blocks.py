@@ -134,7 +134,19 @@ class Sum(nn.Module):
         return x, x
 
 
-class Block(Recomputed):
+class Residual(Recomputed):
+    """What blocks end with: an MLP of ratio 4, and the learned factors of both branches."""
+
+    def add_mlp(self, width: int, layer_scale: float) -> None:
+        """Called last when a block is built: weights are drawn in the order of their modules."""
+        self.fc1 = Linear(width, 4 * width)
+        self.fc2 = Linear(4 * width, width)
+        for name in ("gamma_1", "gamma_2"):
+            gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
+            self.register_parameter(name, gamma)
+
+
+class Block(Residual):
     """Pre-norm transformer block with an MLP of ratio 4 and exact GELU.
 
     Args:
@@ -147,11 +159,7 @@ class Block(Recomputed):
         self.norm1 = Norm(width)
         self.attn = Attention(width, heads, key_bias=key_bias)
         self.norm2 = Norm(width)
-        self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
-        for name in ("gamma_1", "gamma_2"):
-            gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
-            self.register_parameter(name, gamma)
+        self.add_mlp(width, layer_scale)
 
     def forward(
         self,

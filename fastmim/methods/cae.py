@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 from fastmim import savers
 from fastmim.attention import attend_tokens
-from fastmim.blocks import NORM_EPS, Block, Branch, Linear, Norm, random_drop_path, run_blocks
+from fastmim.blocks import NORM_EPS, Block, Branch, Linear, Norm, Residual, random_drop_path, run_blocks
 from fastmim.config import SIZES, ConfigError, ModelSpec, check_range
 from fastmim.masking import BlockPolicy, MaskPlan
 from fastmim.methods.base import Method, Preset, StepOutput
-from fastmim.recompute import Recomputed, called
+from fastmim.recompute import called
 from fastmim.targets import PixelTarget, Reconstruction
 from fastmim.tokenizer import PUBLISHED, RecordedTarget, Tokenizer, TokenTarget, load_dalle
 from fastmim.views import random_flip
@@ -82,18 +82,14 @@ class CrossAttention(nn.Module):
         return self.proj(out.flatten(2))
 
 
-class RegressorBlock(Recomputed):
+class RegressorBlock(Residual):
     """Queries attend to visible latents and to all queries. Source: models/modeling_cae_helper.py `RegressorBlock`."""
 
     def __init__(self, width: int, heads: int, layer_scale: float):
         super().__init__()
         self.norm_q, self.norm_k, self.norm_v, self.norm2 = (Norm(width) for _ in range(4))
         self.attn = CrossAttention(width, heads)
-        self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
-        for name in ("gamma_1", "gamma_2"):
-            gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
-            self.register_parameter(name, gamma)
+        self.add_mlp(width, layer_scale)
 
     def forward(
         self,
