@@ -170,8 +170,7 @@ class ICMAE(Method):
             self.first_box = CENTER
 
     def _add_position(self, config: Config) -> None:
-        if not 0 <= config.pos_drop <= 1:
-            raise ConfigError(f"--icmae.pos-drop: expected a share in 0 .. 1, got {config.pos_drop}")
+        check_range("--icmae.pos-drop", config.pos_drop, 0, 1)
         if config.pos_drop and config.position == "none":
             raise ConfigError(
                 f"--icmae.pos-drop: expected 0 where no position is predicted, got {config.pos_drop}; "

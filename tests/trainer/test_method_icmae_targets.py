@@ -235,7 +235,7 @@ def test_icmae_export_loads_into_the_plain_encoder(small):
     [
         (dict(contrast="sd_dec", shape=SHAPES[1]), "sd_dec: expected patches of as many values .* 48, got 20"),
         (dict(mask_share="complement", mask_ratio=0.4), "at most half of the 24 patches to be visible, got 14"),
-        (dict(pos_drop=1.5), "pos-drop: expected a share in 0 .. 1, got 1.5"),
+        (dict(pos_drop=1.5), "pos-drop: expected a number in 0 .. 1, got 1.5"),
         (dict(pos_drop=0.5, position="none"), "pos-drop: expected 0 where no position is predicted, got 0.5"),
         (dict(box_updates=(0.2, 1.0)), "box-updates: expected shares between 0 and 1"),
     ],
