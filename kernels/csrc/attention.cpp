@@ -1,9 +1,10 @@
-// Attention over packed queries, keys and values, in bfloat16 by matrix tiles (AMX); where the compiler's target has none,
-// the functions say so and Python takes the reference.
+// Attention to all keys, or to the best of each query, in bfloat16 by matrix tiles (AMX); where the compiler's target has
+// none, the functions say so and Python takes another way.
 //
 // One (image, head) at a time: its rows are copied into padded tables that the tiles can load, so neither the caller nor
-// the kernel ever writes a permuted copy of the batch. Queries come in blocks of 32 rows; a block's scores live in the
-// cache. The backward pass computes the probabilities again from the saved logarithm of their sum.
+// the kernel ever writes a permuted copy of the batch. Queries come in blocks of rows; a block's scores live in the cache.
+// The backward pass computes the probabilities again from the saved logarithm of their sum.
+#include "selection.h"
 #include "tiles.h"
 
 namespace fastmim {
@@ -93,15 +94,36 @@ inline void short_product(const bfloat16* a, int64_t a_stride, const bfloat16* b
   }
 }
 
-// Sizes, and where things lie. Inputs and outputs: (batch, length, slots, heads, width).
 struct Shape {
   int64_t length, heads, width;
   int64_t rows() const { return blocks_up(length); }
   int64_t columns() const { return blocks_up(width); }
-  int64_t stride(int64_t slots) const { return slots * heads * width; }
-  int64_t at(int64_t item, int64_t slots, int64_t slot) const {
-    return item / heads * length * stride(slots) + slot * heads * width + item % heads * width;
-  }
+};
+
+// (batch, heads, length, width): how far apart images, heads and rows are; the values of a row lie side by side.
+template <class T>
+struct Tokens {
+  T* data;
+  int64_t image, head, row;
+  T* of(const Shape& s, int64_t item) const { return data + item / s.heads * image + item % s.heads * head; }
+};
+using Input = Tokens<const bfloat16>;
+using Output = Tokens<bfloat16>;
+
+struct Inputs {
+  Input q, k, v;
+};
+struct Gradients {
+  Output q, k, v;
+};
+
+// Of the keys after the prefix, each query after the prefix attends to its best.
+struct Selection {
+  int64_t prefix;
+  float* least;           // (batch, heads, length): what the score of a key must reach
+  const Quota* quota;     // the forward pass's
+  const int64_t* labels;  // (batch, length - prefix), or null
+  int64_t* counts;        // (batch, heads, length - prefix): keys kept that have the query's label; or null
 };
 
 // Room of one worker, cut up in order.
@@ -122,47 +144,70 @@ class Room {
 int64_t room_for(const Shape& s) {
   const int64_t n = s.rows(), d = s.columns();
   // At most ten tables of a head, a block of scores and one of their gradients, and two (n, n) tables in bfloat16.
-  return 12 * padded(n * d) + 4 * padded(BLOCK * n) + 2 * padded(n * n / 2 + 1) + 2 * padded(BLOCK * d);
+  return 12 * padded(n * d) + 4 * padded(BLOCK * n) + 2 * padded(n * n / 2 + 1) + 2 * padded(BLOCK * d) + 2 * padded(n);
 }
 
-// Asks for a row of the head that comes next, in all slots: the rows of a head lie far apart and would come one by one.
-// Called between other work. Past the last head it asks for nothing of use, which is no fault. Always inline: GCC drops
-// calls of functions that only prefetch.
-__attribute__((always_inline)) inline void prefetch_row(const Shape& s, const bfloat16* x, int64_t item, int64_t slots,
-                                                        int64_t row) {
+// Asks for a row of the head that comes next: the rows of a head lie far apart and would come one by one. Called between
+// other work. Past the last head it asks for nothing of use, which is no fault. Always inline: GCC drops calls of functions
+// that only prefetch.
+__attribute__((always_inline)) inline void prefetch_row(const Shape& s, const Input& x, int64_t item, int64_t row) {
   if (row >= s.length) return;
-  const auto start = reinterpret_cast<uintptr_t>(x) + 2 * static_cast<uintptr_t>(s.at(item, slots, 0) + row * s.stride(slots));
-  for (int64_t slot = 0; slot < slots; ++slot)
-    for (int64_t j = 0; j < s.width; j += BLOCK)
-      _mm_prefetch(reinterpret_cast<const char*>(start + 2 * static_cast<uintptr_t>(slot * s.heads * s.width + j)), _MM_HINT_T0);
+  const auto start = reinterpret_cast<uintptr_t>(x.data) +
+                     2 * static_cast<uintptr_t>(item / s.heads * x.image + item % s.heads * x.head + row * x.row);
+  for (int64_t j = 0; j < s.width; j += BLOCK)
+    _mm_prefetch(reinterpret_cast<const char*>(start + 2 * static_cast<uintptr_t>(j)), _MM_HINT_T0);
 }
 
-void forward_head(const Shape& s, const bfloat16* qkv, float scale, int64_t item, float* room, bfloat16* out, float* sums) {
-  const int64_t n = s.rows(), d = s.columns(), stride = s.stride(3);
+// The columns whose keys a query attends to: all, or the prefix and those whose scores reach `least`.
+template <bool SELECTS>
+inline __mmask16 attended(const Shape& s, const Selection& select, const float* row, int64_t j, float least) {
+  if constexpr (!SELECTS) return inside(s.length, j);
+  // Not less, instead of at least: a NaN shall come through to the result.
+  const __mmask16 kept = _mm512_cmp_ps_mask(_mm512_loadu_ps(row + j), _mm512_set1_ps(least), _CMP_NLT_UQ);
+  return inside(s.length, j) & (kept | inside(select.prefix, j));
+}
+
+template <bool SELECTS>
+void forward_head(const Shape& s, const Inputs& x, float scale, const Selection& select, int64_t item, float* room,
+                  const Output& out, float* sums) {
+  const int64_t n = s.rows(), d = s.columns(), patches = s.length - select.prefix;
   Room cut(room);
   bfloat16 *q = cut.halves(n * d), *rows = cut.halves(n * d), *k = cut.halves(n * d), *v = cut.halves(n * d);
-  copy_rows(qkv + s.at(item, 3, 0), stride, s.length, s.width, n, d, q);
-  copy_rows(qkv + s.at(item, 3, 1), stride, s.length, s.width, n, d, rows);
+  copy_rows(x.q.of(s, item), x.q.row, s.length, s.width, n, d, q);
+  copy_rows(x.k.of(s, item), x.k.row, s.length, s.width, n, d, rows);
   transpose_words(rows, n, d / 2, k);
-  copy_rows(qkv + s.at(item, 3, 2), stride, s.length, s.width, n, d, rows);
+  copy_rows(x.v.of(s, item), x.v.row, s.length, s.width, n, d, rows);
   pair_rows(rows, n, d, v);
   float *scores = cut.floats(BLOCK * n), *mixed = cut.floats(BLOCK * d);
   bfloat16* p = cut.halves(BLOCK * n);
+  [[maybe_unused]] float *space = cut.floats(n), *codes = cut.floats(n);
+  if (SELECTS && select.counts) label_codes(select.labels + item / s.heads * patches, patches, codes);
   const __m512 factor = _mm512_set1_ps(scale * LOG2_E);
   for (int64_t i = 0; i < s.length; i += FEW) {
     short_product(q + i * d, d, k, n, d, scores);
     alignas(64) float top[FEW], total[FEW];
     for (int64_t r = 0; r < FEW; ++r) {
-      prefetch_row(s, qkv, item + 1, 3, i + r);
+      for (const Input& table : {x.q, x.k, x.v}) prefetch_row(s, table, item + 1, i + r);
       const float* row = scores + r * n;
+      float least = -__builtin_huge_valf();
+      if constexpr (SELECTS) {
+        if (i + r >= select.prefix && i + r < s.length) {
+          const int64_t patch = i + r - select.prefix;
+          least = threshold(row + select.prefix, *select.quota, space);
+          if (select.counts)
+            select.counts[item * patches + patch] =
+                count_kept(row + select.prefix, codes, patches, least, codes[patch]);
+        }
+        if (i + r < s.length) select.least[item * s.length + i + r] = least;
+      }
       __m512 most = _mm512_set1_ps(-__builtin_huge_valf());
       for (int64_t j = 0; j < s.length; j += 16)
         most = _mm512_mask_max_ps(most, inside(s.length, j), most, _mm512_mul_ps(_mm512_loadu_ps(row + j), factor));
       top[r] = _mm512_reduce_max_ps(most);
       __m512 sum = _mm512_setzero_ps();
       for (int64_t j = 0; j < n; j += 16) {
-        const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, _mm512_set1_ps(top[r]));
-        const __m512 e = _mm512_maskz_mov_ps(inside(s.length, j), exp2(x));
+        const __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, _mm512_set1_ps(top[r]));
+        const __m512 e = _mm512_maskz_mov_ps(attended<SELECTS>(s, select, row, j, least), exp2(power));
         sum = _mm512_add_ps(sum, e);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + r * n + j), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(e)));
       }
@@ -172,28 +217,29 @@ void forward_head(const Shape& s, const bfloat16* qkv, float scale, int64_t item
     _mm512_mask_storeu_ps(sums + item * s.length + i, inside(s.length, i), logs);
     short_product(p, n, v, d, n, mixed);
     for (int64_t r = 0; r < std::min(FEW, s.length - i); ++r)
-      write_row(mixed + r * d, 1 / total[r], s.width, out + s.at(item, 1, 0) + (i + r) * s.stride(1));
+      write_row(mixed + r * d, 1 / total[r], s.width, out.of(s, item) + (i + r) * out.row);
   }
 }
 
-void backward_head(const Shape& s, const bfloat16* grad, const bfloat16* qkv, const float* sums, float scale, int64_t item,
-                   float* room, bfloat16* out) {
-  const int64_t n = s.rows(), d = s.columns(), stride = s.stride(3);
+template <bool SELECTS>
+void backward_head(const Shape& s, const Input& grad, const Inputs& x, const float* sums, float scale,
+                   const Selection& select, int64_t item, float* room, const Gradients& out) {
+  const int64_t n = s.rows(), d = s.columns();
   Room cut(room);
   bfloat16 *q = cut.halves(n * d), *g = cut.halves(n * d), *rows = cut.halves(n * d), *pairs = cut.halves(n * d);
   bfloat16 *kt = cut.halves(n * d), *kp = cut.halves(n * d), *vt = cut.halves(n * d), *qt = cut.halves(n * d),
            *gt = cut.halves(n * d);
-  copy_rows(qkv + s.at(item, 3, 0), stride, s.length, s.width, n, d, q);
-  copy_rows(grad + s.at(item, 1, 0), s.stride(1), s.length, s.width, n, d, g);
+  copy_rows(x.q.of(s, item), x.q.row, s.length, s.width, n, d, q);
+  copy_rows(grad.of(s, item), grad.row, s.length, s.width, n, d, g);
   // A table in pairs of rows, transposed by words, is the transposed table.
   pair_rows(q, n, d, pairs);
   transpose_words(pairs, n / 2, d, qt);
   pair_rows(g, n, d, pairs);
   transpose_words(pairs, n / 2, d, gt);
-  copy_rows(qkv + s.at(item, 3, 1), stride, s.length, s.width, n, d, rows);
+  copy_rows(x.k.of(s, item), x.k.row, s.length, s.width, n, d, rows);
   transpose_words(rows, n, d / 2, kt);
   pair_rows(rows, n, d, kp);
-  copy_rows(qkv + s.at(item, 3, 2), stride, s.length, s.width, n, d, rows);
+  copy_rows(x.v.of(s, item), x.v.row, s.length, s.width, n, d, rows);
   transpose_words(rows, n, d / 2, vt);
 
   float *p = cut.floats(BLOCK * n), *dp = cut.floats(BLOCK * n), *result = cut.floats(n * d);
@@ -207,13 +253,13 @@ void backward_head(const Shape& s, const bfloat16* grad, const bfloat16* qkv, co
       for (int64_t t = 0; t < PAIR; ++t) {
         float *row = p + (r + t) * n, *slope = dp + (r + t) * n;
         const bool counts = i + r + t < s.length;
-        prefetch_row(s, qkv, item + 1, 3, i + r + t);
-        prefetch_row(s, grad, item + 1, 1, i + r + t);
+        for (const Input& table : {x.q, x.k, x.v, grad}) prefetch_row(s, table, item + 1, i + r + t);
+        const float least = SELECTS && counts ? select.least[item * s.length + i + r + t] : 0;
         sum[t] = _mm512_set1_ps(counts ? sums[item * s.length + i + r + t] : 0);
         along[t] = _mm512_setzero_ps();
         for (int64_t j = 0; j < n; j += 16) {
-          const __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, sum[t]);
-          const __m512 e = _mm512_maskz_mov_ps(counts ? inside(s.length, j) : 0, exp2(x));
+          const __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, sum[t]);
+          const __m512 e = _mm512_maskz_mov_ps(counts ? attended<SELECTS>(s, select, row, j, least) : 0, exp2(power));
           _mm512_storeu_ps(row + j, e);
           along[t] = _mm512_fmadd_ps(e, _mm512_loadu_ps(slope + j), along[t]);
         }
@@ -225,13 +271,13 @@ void backward_head(const Shape& s, const bfloat16* grad, const bfloat16* qkv, co
         for (int64_t t = 0; t < PAIR; ++t) {
           const int64_t at = (r + t) * n + j;
           const __m512 e = _mm512_loadu_ps(p + at);
-          const __m512 x = _mm512_mul_ps(_mm512_mul_ps(e, by_scale), _mm512_sub_ps(_mm512_loadu_ps(dp + at), along[t]));
+          const __m512 along_row = _mm512_sub_ps(_mm512_loadu_ps(dp + at), along[t]);
           prob[t] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(e));
-          slope[t] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+          slope[t] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_mul_ps(e, by_scale), along_row)));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + at), slope[t]);
         }
-        const auto paired = [](const __m256i (&x)[PAIR]) {
-          return _mm512_or_si512(_mm512_cvtepu16_epi32(x[0]), _mm512_slli_epi32(_mm512_cvtepu16_epi32(x[1]), 16));
+        const auto paired = [](const __m256i (&two)[PAIR]) {
+          return _mm512_or_si512(_mm512_cvtepu16_epi32(two[0]), _mm512_slli_epi32(_mm512_cvtepu16_epi32(two[1]), 16));
         };
         _mm512_storeu_si512(p_row + j * PAIR, paired(prob));
         _mm512_storeu_si512(ds_row + j * PAIR, paired(slope));
@@ -239,12 +285,12 @@ void backward_head(const Shape& s, const bfloat16* grad, const bfloat16* qkv, co
     }
     product(ds, n, kp, d, BLOCK, d, n, result, d);
     for (int64_t r = 0; r < std::min(BLOCK, s.length - i); ++r)
-      write_row(result + r * d, 1.0f, s.width, out + s.at(item, 3, 0) + (i + r) * stride);
+      write_row(result + r * d, 1.0f, s.width, out.q.of(s, item) + (i + r) * out.q.row);
   }
   product(qt, n, ds_pairs, n, d, n, n, result, n);
-  write_transposed(result, n, s.length, s.width, stride, out + s.at(item, 3, 1));
+  write_transposed(result, n, s.length, s.width, out.k.row, out.k.of(s, item));
   product(gt, n, p_pairs, n, d, n, n, result, n);
-  write_transposed(result, n, s.length, s.width, stride, out + s.at(item, 3, 2));
+  write_transposed(result, n, s.length, s.width, out.v.row, out.v.of(s, item));
 }
 
 template <class Head>
@@ -261,6 +307,35 @@ Status for_heads(const Shape& s, int64_t batch, int64_t threads, Head&& head) {
   return OK;
 }
 
+template <bool SELECTS>
+Status forward(const Shape& s, const Inputs& x, double scale, const Selection& select, const Output& out, float* sums,
+               int64_t batch, int64_t threads) {
+  return for_heads(s, batch, threads, [&](int64_t item, float* room) {
+    forward_head<SELECTS>(s, x, static_cast<float>(scale), select, item, room, out, sums);
+  });
+}
+
+template <bool SELECTS>
+Status backward(const Shape& s, const Input& grad, const Inputs& x, const float* sums, double scale,
+                const Selection& select, const Gradients& out, int64_t batch, int64_t threads) {
+  return for_heads(s, batch, threads, [&](int64_t item, float* room) {
+    backward_head<SELECTS>(s, grad, x, sums, static_cast<float>(scale), select, item, room, out);
+  });
+}
+
+// One of `slots` tables side by side: (batch, length, slots, heads, width).
+template <class T>
+Tokens<T> slot(const Shape& s, T* data, int64_t slots, int64_t i) {
+  const int64_t row = slots * s.heads * s.width;
+  return {data + i * s.heads * s.width, s.length * row, s.width, row};
+}
+
+// The strides of image, head and row, three of each table.
+template <class T, class Data>
+Tokens<T> strided(Data* data, const int64_t* strides, int64_t i) {
+  return {static_cast<T*>(data), strides[3 * i], strides[3 * i + 1], strides[3 * i + 2]};
+}
+
 }  // namespace
 #endif
 
@@ -269,11 +344,10 @@ Status for_heads(const Shape& s, int64_t batch, int64_t threads, Head&& head) {
 static Status qkv_attention(const void* qkv, double scale, int64_t batch, int64_t length, int64_t heads, int64_t width,
                             void* out, float* sums, int64_t threads) {
 #ifdef FASTMIM_HAS_TILES
-  const Shape shape{length, heads, width};
-  return for_heads(shape, batch, threads, [&](int64_t item, float* room) {
-    forward_head(shape, static_cast<const bfloat16*>(qkv), static_cast<float>(scale), item, room,
-                 static_cast<bfloat16*>(out), sums);
-  });
+  const Shape s{length, heads, width};
+  const auto* x = static_cast<const bfloat16*>(qkv);
+  const Inputs inputs{slot(s, x, 3, 0), slot(s, x, 3, 1), slot(s, x, 3, 2)};
+  return forward<false>(s, inputs, scale, {}, slot(s, static_cast<bfloat16*>(out), 1, 0), sums, batch, threads);
 #else
   (void)qkv, (void)scale, (void)batch, (void)length, (void)heads, (void)width, (void)out, (void)sums, (void)threads;
   return NO_HARDWARE;
@@ -284,11 +358,13 @@ static Status qkv_attention(const void* qkv, double scale, int64_t batch, int64_
 static Status qkv_attention_backward(const void* grad, const void* qkv, const float* sums, double scale, int64_t batch,
                                      int64_t length, int64_t heads, int64_t width, void* for_qkv, int64_t threads) {
 #ifdef FASTMIM_HAS_TILES
-  const Shape shape{length, heads, width};
-  return for_heads(shape, batch, threads, [&](int64_t item, float* room) {
-    backward_head(shape, static_cast<const bfloat16*>(grad), static_cast<const bfloat16*>(qkv), sums,
-                  static_cast<float>(scale), item, room, static_cast<bfloat16*>(for_qkv));
-  });
+  const Shape s{length, heads, width};
+  const auto* x = static_cast<const bfloat16*>(qkv);
+  auto* out = static_cast<bfloat16*>(for_qkv);
+  const Inputs inputs{slot(s, x, 3, 0), slot(s, x, 3, 1), slot(s, x, 3, 2)};
+  const Gradients outputs{slot(s, out, 3, 0), slot(s, out, 3, 1), slot(s, out, 3, 2)};
+  return backward<false>(s, slot(s, static_cast<const bfloat16*>(grad), 1, 0), inputs, sums, scale, {}, outputs, batch,
+                         threads);
 #else
   (void)grad, (void)qkv, (void)sums, (void)scale, (void)batch, (void)length, (void)heads, (void)width, (void)for_qkv,
       (void)threads;
@@ -296,7 +372,47 @@ static Status qkv_attention_backward(const void* grad, const void* qkv, const fl
 #endif
 }
 
+// q, k, v and out (batch, heads, length, width), bfloat16, with `strides` of image, head and row of each in turn. labels
+// (batch, length - prefix) and counts (batch, heads, length - prefix), or both null. sums as above, of the keys kept; least
+// like sums: what a score, unscaled, must reach to be kept.
+static Status topk_tiles(const void* q, const void* k, const void* v, void* out, const int64_t* strides, double scale,
+                         int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t prefix, int64_t topk,
+                         float* sums, float* least, const int64_t* labels, int64_t* counts, int64_t threads) {
+#ifdef FASTMIM_HAS_TILES
+  using In = const bfloat16;
+  const Inputs inputs{strided<In>(q, strides, 0), strided<In>(k, strides, 1), strided<In>(v, strides, 2)};
+  const Quota quota(length - prefix, topk);
+  return forward<true>({length, heads, width}, inputs, scale, {prefix, least, &quota, labels, counts},
+                       strided<bfloat16>(out, strides, 3), sums, batch, threads);
+#else
+  (void)q, (void)k, (void)v, (void)out, (void)strides, (void)scale, (void)batch, (void)length, (void)heads, (void)width,
+      (void)prefix, (void)topk, (void)sums, (void)least, (void)labels, (void)counts, (void)threads;
+  return NO_HARDWARE;
+#endif
+}
+
+// The same tables, and gradients of out, q, k and v: strides of grad, q, k, v, for_q, for_k and for_v in turn.
+static Status topk_tiles_backward(const void* grad, const void* q, const void* k, const void* v, void* for_q, void* for_k,
+                                  void* for_v, const int64_t* strides, double scale, int64_t batch, int64_t length,
+                                  int64_t heads, int64_t width, int64_t prefix, const float* sums, float* least,
+                                  int64_t threads) {
+#ifdef FASTMIM_HAS_TILES
+  using In = const bfloat16;
+  const Inputs inputs{strided<In>(q, strides, 1), strided<In>(k, strides, 2), strided<In>(v, strides, 3)};
+  const Gradients outputs{strided<bfloat16>(for_q, strides, 4), strided<bfloat16>(for_k, strides, 5),
+                          strided<bfloat16>(for_v, strides, 6)};
+  return backward<true>({length, heads, width}, strided<In>(grad, strides, 0), inputs, sums, scale,
+                        {prefix, least, nullptr, nullptr, nullptr}, outputs, batch, threads);
+#else
+  (void)grad, (void)q, (void)k, (void)v, (void)for_q, (void)for_k, (void)for_v, (void)strides, (void)scale, (void)batch,
+      (void)length, (void)heads, (void)width, (void)prefix, (void)sums, (void)least, (void)threads;
+  return NO_HARDWARE;
+#endif
+}
+
 FASTMIM_EXPORT(qkv_attention)
 FASTMIM_EXPORT(qkv_attention_backward)
+FASTMIM_EXPORT(topk_tiles)
+FASTMIM_EXPORT(topk_tiles_backward)
 
 }  // namespace fastmim

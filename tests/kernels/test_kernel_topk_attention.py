@@ -5,6 +5,7 @@ import math
 import fastmim_kernels as fk
 import pytest
 import torch
+from fastmim_kernels import dispatch
 from torch.nn import functional as F
 
 
@@ -43,7 +44,7 @@ def both_ways(function, tensors, weights):
     return [out.detach(), *torch.autograd.grad((out * weights).sum(), leaves)]
 
 
-def compare(dtype, atol, topk, num_prefix, patches=196, heads=2, width=16, **named):
+def assert_close_to_slow(dtype, atol, topk, num_prefix, patches=196, heads=2, width=16, **named):
     tensors = qkv_of(1, heads, num_prefix + patches, width, dtype)
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     got = both_ways(lambda *t: fk.topk_attention(*t, topk, num_prefix=num_prefix, **named), tensors, weights)
@@ -56,19 +57,19 @@ def compare(dtype, atol, topk, num_prefix, patches=196, heads=2, width=16, **nam
 
 @pytest.mark.parametrize("topk", [1, 24, 49, 98, 196])
 def test_topk_attention_and_gradients_equal_the_slow_recomputation(topk):
-    compare(torch.float32, 1e-5, topk, 1)
+    assert_close_to_slow(torch.float32, 1e-5, topk, 1)
 
 
 @pytest.mark.parametrize("topk", [1, 24, 49, 98, 196])
 def test_topk_attention_in_bfloat16_is_within_2_percent(topk):
-    compare(torch.bfloat16, 2e-2, topk, 1, heads=1)
+    assert_close_to_slow(torch.bfloat16, 2e-2, topk, 1, heads=1)
 
 
 @pytest.mark.parametrize(
     ("patches", "topk", "num_prefix", "width", "scale"), [(49, 12, 0, 5, None), (17, 6, 3, 33, 0.4), (1, 1, 1, 8, None)]
 )
 def test_topk_attention_of_odd_sizes(patches, topk, num_prefix, width, scale):
-    compare(torch.float32, 1e-5, topk, num_prefix, patches=patches, heads=3, width=width, scale=scale)
+    assert_close_to_slow(torch.float32, 1e-5, topk, num_prefix, patches=patches, heads=3, width=width, scale=scale)
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1])
@@ -215,3 +216,29 @@ X = torch.zeros(2, 3, 9, 4)
 def test_wrong_arguments_raise(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "heads", "patches", "topk", "num_prefix", "width"),
+    [(2, 3, 33, 1, 0, 31), (1, 2, 250, 249, 3, 33), (3, 1, 7, 5, 1, 96), (1, 5, 64, 64, 0, 80), (2, 2, 196, 49, 1, 5)],
+)
+def test_scores_that_are_exact_select_as_float64_does(dtype, batch, heads, patches, topk, num_prefix, width):
+    """Quarters, whose products every implementation sums without rounding: ties, counts and gradients are decided."""
+    g = torch.Generator().manual_seed(patches)
+    packed = (4 * torch.randn((batch, num_prefix + patches, 3, heads, width), generator=g)).round() / 4
+    labels = torch.randint(-2, 3, (batch, patches), generator=g) * 2**40
+    tensors = packed.to(dtype).permute(2, 0, 3, 1, 4).unbind()  # strided, as a projection gives them
+    weights = torch.randn((batch, heads, width, num_prefix + patches), generator=g).to(dtype).transpose(2, 3)
+    named = {"num_prefix": num_prefix, "scale": 0.125, "labels": labels}
+
+    def run(topk_attention, *leaves):
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        out, hits = topk_attention(*leaves, topk, **named)
+        return hits, [out.detach(), *torch.autograd.grad(out, leaves, weights.to(out.dtype))]
+
+    hits, got = run(fk.topk_attention, *tensors)
+    expected_hits, expected = run(dispatch.reference("topk").topk_attention, *(t.double() for t in tensors))
+    assert torch.equal(hits, expected_hits)
+    for g, e in zip(got, expected, strict=True):
+        assert (g.double() - e).norm() <= (2e-2 if dtype == torch.bfloat16 else 1e-5) * e.norm()

@@ -1,8 +1,12 @@
-"""Top-K attention a few heads at a time: products by torch, selection and softmax in C++ on scores that stay in cache.
+"""Top-K attention in C++. bfloat16 on the matrix tiles (AMX) of a CPU, a head at a time as in ``qkv``; else a few heads at a
+time, products by torch, selection and softmax in C++ on scores that stay in cache.
 
-Scores are float32 products; weights and their gradients are multiplied in the dtype of q, as the reference does it.
+Scores are float32 sums of exact products; weights and their gradients are multiplied in the dtype of q, as the reference
+does it.
 """
 
+import ctypes
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +17,11 @@ from . import allocate, allocate_backward
 
 _softmax = native_library.function("topk_softmax")
 _softmax_backward = native_library.function("topk_softmax_backward")
+_tiles = native_library.function("topk_tiles")
+_tiles_backward = native_library.function("topk_tiles_backward")
+
+# Longer rows: of each thread's (N, N) tables, two have to stay in its cache, or near it.
+LONGEST_ON_TILES = 1024
 
 # Scores at a time: 2 MB, a core's level 2 cache.
 BLOCK = 1 << 19
@@ -40,11 +49,39 @@ def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
     return like.new_empty((most, length, length), dtype=dtype)
 
 
+@functools.cache
+def _has_tiles() -> bool:
+    try:
+        _tiles(*[None] * 4, native_library.integers(*[0] * 12), 1.0, 0, 1, 1, 1, 0, 1, *[None] * 4, 1)
+    except ImportError:
+        return False
+    return True
+
+
+def _uses_tiles(q: Tensor) -> bool:
+    return q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_ON_TILES and _has_tiles()
+
+
+def _with_strides(*tensors: Tensor) -> tuple[tuple[Tensor, ...], ctypes.Array]:
+    """(B, H, N, d) tensors whose rows are contiguous, and the strides of images, heads and rows."""
+    tables = tuple(t if t.stride(3) == 1 else t.contiguous() for t in tensors)
+    return tables, native_library.integers(*(stride for table in tables for stride in table.stride()[:3]))
+
+
 def topk_attention(
     q: Tensor, k: Tensor, v: Tensor, topk: int, num_prefix: int, scale: float, labels: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outs = out, tops, least, counts = allocate(q, k, v, topk, num_prefix, scale, labels)
     kind, threads = native_library.DTYPES[q.dtype], torch.get_num_threads()
+    if _uses_tiles(q):
+        tables, strides = _with_strides(q, k, v, out)
+        batch, heads, length, width = q.shape
+        labels = None if labels is None else labels.contiguous()
+        _tiles(
+            *tables, strides, scale, batch, length, heads, width, num_prefix, topk, tops, least, labels,
+            None if labels is None else counts, threads,
+        )  # fmt: skip
+        return outs
     all_scores, all_weights = _scratch(q, torch.float32), _scratch(q, q.dtype)
     with torch.autocast("cpu", enabled=False):
         for block in _blocks(*q.shape[:3]):
@@ -66,6 +103,11 @@ def topk_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     outs = allocate_backward(grad, q, k, v)
     kind, threads = native_library.DTYPES[q.dtype], torch.get_num_threads()
+    if _uses_tiles(q):
+        tables, strides = _with_strides(grad, q, k, v, *outs)
+        batch, heads, length, width = q.shape
+        _tiles_backward(*tables, strides, scale, batch, length, heads, width, num_prefix, tops, least, threads)
+        return outs
     all_scores, all_weights, all_slopes = (_scratch(q, d) for d in (torch.float32, q.dtype, q.dtype))
     with torch.autocast("cpu", enabled=False):
         for block in _blocks(*q.shape[:3]):
