@@ -7,7 +7,7 @@ Ways to take the same step, on the same weights, images and masks, in turns, so 
     blocks     the same with --compile blocks
     fp8        graph with --fp8 wide; fp8-blocks: and with --compile blocks
     plain      the same on plain torch ops: FASTMIM_KERNELS=reference, AdamW tensor by tensor
-    official   MAE and CMAE as their official codes compute them (official.py)
+    official   MAE and CMAE as their official codes compute them (official.py); official-fp32: without autocast
     stock      official with torch.compile, torch's fused attention and fused AdamW: the best that needs no kernels
     timm       official with timm's blocks, which have fused attention, and fused AdamW
     hf         transformers' ViTMAE with fused attention and fused AdamW
@@ -34,7 +34,18 @@ from counters import counted
 from fastmim_kernels import dispatch
 from machine import DEVICE, IS_GPU, allocated, between_ceilings, clock, machine
 from points import Points
-from providers import Compiled, Fp8, Fp8Compiled, Graph, OfficialStyle, Ours, Plain, Stock, compile_mode
+from providers import (
+    Compiled,
+    Fp8,
+    Fp8Compiled,
+    Graph,
+    OfficialFp32,
+    OfficialStyle,
+    Ours,
+    Plain,
+    Stock,
+    compile_mode,
+)
 
 from fastmim.bench import config_of
 from fastmim.config import ConfigError
@@ -43,7 +54,7 @@ from fastmim.flops import mfu, peak_flops, training_flops
 from fastmim.methods import base as methods
 
 MAKE: dict[str, type[Ours]] = {
-    "ours": Ours, "graph": Graph, "blocks": Compiled, "fp8": Fp8, "fp8-blocks": Fp8Compiled, "plain": Plain, "official": OfficialStyle, "stock": Stock,
+    "ours": Ours, "graph": Graph, "blocks": Compiled, "fp8": Fp8, "fp8-blocks": Fp8Compiled, "plain": Plain, "official": OfficialStyle, "official-fp32": OfficialFp32, "stock": Stock,
     "timm": peers.Timm, "hf": peers.HuggingFace, "lightly": peers.Lightly,
 }  # fmt: skip
 WAYS = tuple(MAKE)

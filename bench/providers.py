@@ -147,6 +147,8 @@ class OfficialStyle(Ours):
     reads_loss = True
     takes = ("mae", "cmae")
     fused_optimizer = False
+    is_fp32 = False
+    """Without autocast, whatever the precision of the case."""
 
     def start(self) -> None:
         self.model = self.network()
@@ -155,7 +157,9 @@ class OfficialStyle(Ours):
         decayed = [p for name, p in named if not self.method.no_decay(name, p)]
         groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": spared, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, betas=BETAS, fused=self.fused_optimizer or None)
-        self.autocast = torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.precision != "fp32")
+        self.autocast = torch.autocast(
+            DEVICE.type, torch.bfloat16, enabled=self.precision != "fp32" and not self.is_fp32
+        )
 
     def network(self) -> torch.nn.Module:
         """(images, second view, noise) -> loss."""
@@ -190,6 +194,10 @@ class OfficialStyle(Ours):
             raise FloatingPointError("the loss is not finite")
         self.finish(loss)
         return loss.detach()
+
+
+class OfficialFp32(OfficialStyle):
+    is_fp32 = True
 
 
 class Stock(OfficialStyle):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-from fastmim_kernels import Stream, add_layer_norm, bias_gelu, gather_tokens, linear, uniform
+from fastmim_kernels import Stream, add_layer_norm, gather_tokens, gelu_linear, linear, uniform
 from fastmim_kernels.qkv import attention
 from torch import Tensor, nn
 
@@ -24,6 +24,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+class GeluLinear(Linear):
+    """The second layer of an MLP, with the GELU before it."""
+
+    def forward(self, x: Tensor, *, is_active: bool = False) -> Tensor:
+        """(..., I) -> (..., O). is_active: x is what GELU gave."""
+        return (linear if is_active else gelu_linear)(x, self.weight, self.bias)
 
 
 class Projections(nn.Linear):
@@ -140,7 +148,7 @@ class Residual(Recomputed):
     def add_mlp(self, width: int, layer_scale: float) -> None:
         """Called last when a block is built: weights are drawn in the order of their modules."""
         self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
+        self.fc2 = GeluLinear(4 * width, width)
         for name in ("gamma_1", "gamma_2"):
             gamma = nn.Parameter(torch.full((width,), float(layer_scale))) if layer_scale else None
             self.register_parameter(name, gamma)
@@ -193,7 +201,7 @@ class Block(Residual):
         y, x = self.norm2(x, Branch(mixed, self.gamma_1, attended))
         # What leaves the module must not be its parameter: ZeRO-3 takes that away.
         scale = None if self.gamma_2 is None else self.gamma_2.clone()
-        return x, Branch(self.project(self.fc1(y), bias_gelu, self.fc2), scale, last)
+        return x, Branch(self.project(self.fc1(y), self.fc2), scale, last)
 
 
 def run_blocks(

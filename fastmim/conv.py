@@ -10,7 +10,7 @@ import torch
 from fastmim_kernels import bias_gelu, depthwise_patches, patchify_gather
 from torch import Tensor, nn
 
-from fastmim.blocks import Attend, Block, Branch, Linear, Norm, Sum, attention, run_blocks
+from fastmim.blocks import Attend, Block, Branch, GeluLinear, Linear, Norm, Sum, attention, run_blocks
 from fastmim.config import SIZES, ConfigError, ModelSpec
 from fastmim.recompute import Recomputed, called
 from fastmim.vit import sincos_position
@@ -67,12 +67,12 @@ class ConvBlock(Recomputed):
         self.conv2 = Linear(width, width)
         self.norm2 = Norm(width, STAGE_NORM_EPS)
         self.fc1 = Linear(width, 4 * width)
-        self.fc2 = Linear(4 * width, width)
+        self.fc2 = GeluLinear(4 * width, width)
 
     def forward(self, x: Tensor, ids: Tensor | None) -> Tensor:
         y, _ = self.norm1(x)
         y, x = self.norm2(x, Branch(self.conv2(self.spread(self.conv1(y), ids))))
-        return x + self.project(self.fc1(y), bias_gelu, self.fc2)
+        return x + self.project(self.fc1(y), self.fc2)
 
 
 class ConvEncoder(nn.Module):

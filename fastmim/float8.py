@@ -22,9 +22,10 @@ from functools import wraps
 from typing import Any, Literal, NamedTuple
 
 import torch
+from fastmim_kernels import bias_gelu
 from torch import Tensor, nn
 
-from fastmim.blocks import Linear, Projections
+from fastmim.blocks import GeluLinear, Linear, Projections
 from fastmim.compiling import blocks_of
 from fastmim.config import ConfigError
 from fastmim.methods.base import Method
@@ -165,6 +166,13 @@ class Float8Linear(Chosen, Linear):
         return linear(x, self.weight, self.bias) if self.is_low() else super().forward(x)
 
 
+class Float8GeluLinear(Chosen, GeluLinear):
+    def forward(self, x: Tensor, *, is_active: bool = False) -> Tensor:
+        if not self.is_low():
+            return super().forward(x, is_active=is_active)
+        return linear(x if is_active else bias_gelu(x), self.weight, self.bias)
+
+
 class Float8Projections(Chosen, Projections):
     def forward(self, x: Tensor, queries: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
         if not self.is_low():
@@ -177,7 +185,11 @@ class Float8Projections(Chosen, Projections):
         return linear(queries, self.weight[:width], bias[:width]), linear(x, self.weight[width:], bias[width:])
 
 
-KINDS: dict[type[nn.Linear], type[Chosen]] = {Linear: Float8Linear, Projections: Float8Projections}
+KINDS: dict[type[nn.Linear], type[Chosen]] = {
+    Linear: Float8Linear,
+    GeluLinear: Float8GeluLinear,
+    Projections: Float8Projections,
+}
 
 
 class Choice(NamedTuple):

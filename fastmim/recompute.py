@@ -1,7 +1,8 @@
 """Activation checkpointing: what a block does not keep for the backward pass, but computes again.
 
 none     everything is kept
-mlp      the inputs of the MLPs' second layers are not: GELU gives them again, which costs no product
+mlp      the inputs of the MLPs' second layers are not: GELU gives them again, which costs no product; bfloat16 on a CPU
+         with matrix tiles is computed so under any policy
 blocks   the inputs of the blocks are kept alone; the rest costs a second forward pass
 
 The gradients are bit for bit the same: nothing in a block is random.
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from fastmim_kernels import bias_gelu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -22,14 +24,14 @@ class Recomputed(nn.Module):
 
     checkpointing: Checkpointing = "none"
 
-    def project(self, x: Tensor, activation: Callable[[Tensor], Tensor], layer: nn.Module) -> Tensor:
-        """layer(activation(x))."""
+    def project(self, x: Tensor, layer: nn.Module) -> Tensor:
+        """The layer behind GELU, a `GeluLinear`, of x."""
         if self.checkpointing != "mlp" or not torch.is_grad_enabled():
-            return layer(activation(x))
+            return layer(x)
         if torch.compiler.is_compiling():
             # Its graph recomputes what the gradient needs: not the product.
-            return _again(lambda x: layer(activation(x)), x)
-        active, source = activation(x), x.detach()
+            return _again(layer, x)
+        active, source = bias_gelu(x), x.detach()
         key = _storage(active)
 
         # Hooks instead of `checkpoint`, which would compute the layer's product again, and outside of its module.
@@ -37,10 +39,10 @@ class Recomputed(nn.Module):
             return saved.shape if _storage(saved) == key else saved
 
         def unpack(kept: Tensor | torch.Size) -> Tensor:
-            return kept if isinstance(kept, Tensor) else activation(source).view(kept)
+            return kept if isinstance(kept, Tensor) else bias_gelu(source).view(kept)
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-            return layer(active)
+            return layer(active, is_active=True)
 
 
 def set_checkpointing(network: nn.Module, policy: Checkpointing) -> None:

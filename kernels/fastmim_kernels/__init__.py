@@ -9,7 +9,7 @@ function.
 from .activation import bias_gelu
 from .adamw import adamw_ema
 from .block_masks import block_masking
-from .dense import linear
+from .dense import gelu_linear, linear
 from .depthwise import depthwise_patches
 from .dispatch import backends, chosen, states
 from .ema import ema_update
@@ -45,6 +45,7 @@ __all__ = [
     "depthwise_patches",
     "ema_update",
     "gather_tokens",
+    "gelu_linear",
     "linear",
     "linear_cross_entropy",
     "masked_pixel_loss",

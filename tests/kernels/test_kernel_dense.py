@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastmim_kernels import dispatch, linear
+from fastmim_kernels import bias_gelu, dispatch, gelu_linear, linear
 from fastmim_kernels.dense import rounded_weights
 from torch.nn import functional as F
 
@@ -128,3 +128,51 @@ def test_wrong_arguments_get_one_line(change, error_type, words):
     with pytest.raises(error_type, match=words) as caught:
         linear(**named)
     assert "\n" not in str(caught.value)
+
+
+# ---- behind a GELU
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_behind_gelu_result_and_gradients_agree_with_float64(backend, size):
+    x, weight, bias, grad = tensors(*size)
+    x *= 2
+    leaves = [t.double().requires_grad_() for t in (x, weight, bias)]
+    exact = F.linear(leaves[0] * torch.special.ndtr(leaves[0]), *leaves[1:])
+    exact.backward(grad.double())
+    assert error(gelu_linear(x, weight, bias), exact.detach()) <= 4e-3
+    for ours, leaf in zip(gradients(gelu_linear, x, weight, bias, grad), leaves):
+        assert error(ours, leaf.grad) <= 4e-3
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_behind_gelu_is_the_two_one_after_the_other(backend, dtype, has_bias):
+    """Bit for bit, also without gradients, and with some of them alone."""
+    x, weight, bias, grad = tensors(1100, 40, 24, dtype)
+
+    def both(x, weight, bias):
+        return linear(bias_gelu(x), weight, bias)
+
+    def call(function):
+        return gradients(lambda x, w, b: function(x, w, b if has_bias else 0 * b), x, weight, bias, grad)
+
+    for ours, theirs in zip(call(gelu_linear), call(both)):
+        assert torch.equal(ours, theirs)
+    weight.requires_grad_()
+    expected = both(x, weight, bias)
+    assert torch.equal(gelu_linear(x, weight, bias), expected)
+    with torch.no_grad():
+        assert torch.equal(gelu_linear(x, weight, bias), expected)
+    gelu_linear(x, weight, bias).backward(grad)
+    assert x.grad is None and weight.grad.isfinite().all()
+
+
+def test_behind_gelu_keeps_its_input_alone(backend):
+    if backend == "reference":
+        pytest.skip("torch keeps what GELU gives, too")
+    x, weight, bias, _ = tensors(50, 64, 96)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        gelu_linear(x.requires_grad_(), weight.requires_grad_(), bias)
+    assert sorted(kept) == sorted([x.shape, weight.shape])

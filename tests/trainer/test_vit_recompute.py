@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from fastmim_kernels import dispatch
 from fastmim_pipelines.spec import Batch
 from slow_reference import make_rng, model_spec
 
@@ -58,7 +59,11 @@ def test_gradients_are_the_same_bits_and_less_is_kept(case, low):
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
             assert torch.equal(gradient, expected[name]), (policy, name)
-    assert kept["blocks"] < kept["mlp"] < kept["none"], kept
+    assert kept["blocks"] < kept["mlp"], kept
+    if low and dispatch.backend_of("dense", "cpu") == "native":
+        assert kept["mlp"] == kept["none"], "the kernels compute GELU again in any case"
+    else:
+        assert kept["mlp"] < kept["none"], kept
 
 
 def test_without_gradient_nothing_is_recomputed():

@@ -9,5 +9,5 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """See the public function."""
     if bias is None:
         return F.gelu(x)  # torch computes it in float32 inside
-    work = torch.promote_types(x.dtype, torch.float32)
-    return F.gelu(x.to(work) + bias.to(work)).to(x.dtype)
+    # The sum is of the wider dtype: no copy of x in it.
+    return F.gelu(x + bias.to(torch.promote_types(x.dtype, torch.float32))).to(x.dtype)

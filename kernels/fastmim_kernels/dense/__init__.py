@@ -1,4 +1,4 @@
-"""A linear layer whose weight gradient is summed in float32."""
+"""Linear layers whose weight gradient is summed in float32, also behind a GELU."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import autocast, dispatch
+from ..activation import BIAS_GELU, bias_gelu
 from ..checks import check_rank, check_tensor, describe, fail, is_float
 from ..registration import define, refuse_second_derivative
 
-__all__ = ["linear"]
+__all__ = ["gelu_linear", "linear"]
 
 # What torch.compile makes of linear layers on CPUs; not in every build of torch.
 HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -26,6 +27,37 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns: (..., O), in the dtype that ``F.linear`` gives. Differentiable.
     Raises: ValueError or TypeError for arguments that do not fit each other.
     """
+    _check(x, weight, bias)
+    if not _is_native(x, weight):
+        return dispatch.reference("dense").linear(x, weight, bias)
+    x, low = x.to(torch.bfloat16), _low(weight)
+    return Product.apply(x, weight, bias, low) if torch.is_grad_enabled() else _forward(x, low, bias)
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``linear(F.gelu(x), weight, bias)``: the second half of an MLP.
+
+    For bfloat16 on a CPU with matrix tiles, GELU is computed again in the backward pass, in the pass over x that its
+    gradient takes anyway, so that x alone is kept.
+
+    Args:
+        x: (..., I) floats. weight: (O, I). bias: (O,) or None.
+
+    Returns: (..., O), in the dtype that ``linear`` gives. Differentiable.
+    Raises: ValueError or TypeError for arguments that do not fit each other.
+    Source: Hendrycks, Gimpel, arXiv 1606.08415.
+    """
+    _check(x, weight, bias)
+    is_fit = x.dtype == torch.bfloat16 and not dispatch.uses_reference("activation", x.device, x)
+    if not (is_fit and _is_native(x, weight)):
+        return linear(bias_gelu(x), weight, bias)
+    low = _low(weight)
+    return (
+        GeluProduct.apply(x, weight, bias, low) if torch.is_grad_enabled() else _forward(BIAS_GELU(x, None), low, bias)
+    )
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_tensor("x", x, "floats (..., I)")
     if not is_float(x) or x.ndim < 1:
         raise fail("x", "floats (..., I)", describe(x), "convert or reshape it", TypeError)
@@ -43,13 +75,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not is_alike or tensor.device != x.device:
             got = f"{tensor.dtype} on {tensor.device}"
             raise fail(name, f"{x.dtype} on {x.device} like x", got, "convert it, or use autocast", TypeError)
-    dtype, has_grad = product_dtype(x), torch.is_grad_enabled()
+
+
+def _is_native(x: Tensor, weight: Tensor) -> bool:
+    if dispatch.uses_reference("dense", x.device, x, weight):
+        return False
     # A gradient for x alone is torch's own affair.
-    is_fit = dtype == torch.bfloat16 and (weight.requires_grad or not has_grad) and weight.numel()
-    if dispatch.uses_reference("dense", x.device, x, weight) or not is_fit:
-        return dispatch.reference("dense").linear(x, weight, bias)
-    x, low = x.to(dtype), _low(weight, dtype)
-    return Product.apply(x, weight, bias, low) if has_grad else _forward(x, low, bias)
+    is_wanted = weight.requires_grad or not torch.is_grad_enabled()
+    return product_dtype(x) == torch.bfloat16 and is_wanted and weight.numel() > 0
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -74,9 +107,9 @@ def rounded_weights(copies: Mapping[Tensor, Tensor]) -> Iterator[None]:
 _rounded: Mapping[Tensor, Tensor] = {}
 
 
-def _low(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _low(weight: Tensor) -> Tensor:
     copy = None if torch.compiler.is_compiling() else _rounded.get(weight)
-    return weight.detach().to(dtype) if copy is None else copy
+    return weight.detach().bfloat16() if copy is None else copy
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -85,7 +118,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if bias is None:
         return F.linear(x, weight)
     if HAS_ONEDNN_LINEAR:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias.to(x.dtype), "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias.to(x.dtype).contiguous(), "none", [], "")
     return F.linear(x, weight, bias.to(x.dtype))
 
 
@@ -97,8 +130,18 @@ def allocate_backward(grad: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, 
     return for_weight, for_bias
 
 
+def allocate_gelu_backward(grad: Tensor, x: Tensor, low: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and before them that of x."""
+    return x.new_empty(x.shape), *allocate_backward(grad, x, has_bias)
+
+
 BACKWARD = define(
     "dense", "linear_backward(Tensor grad, Tensor x, bool has_bias) -> (Tensor, Tensor)", allocate_backward
+)
+GELU_BACKWARD = define(
+    "dense",
+    "gelu_linear_backward(Tensor grad, Tensor x, Tensor low, bool has_bias) -> (Tensor, Tensor, Tensor)",
+    allocate_gelu_backward,
 )
 
 
@@ -127,5 +170,22 @@ class Product(torch.autograd.Function):
         for_x = grad @ low if ctx.needs_input_grad[0] else None
         has_bias = ctx.needs_input_grad[2]
         for_weight, for_bias = BACKWARD(grad, x, has_bias)
+        weight_dtype, bias_dtype = ctx.dtypes
+        return for_x, for_weight.to(weight_dtype), for_bias.to(bias_dtype) if has_bias else None, None
+
+
+class GeluProduct(Product):
+    """The same of GELU of x."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
+        return _forward(BIAS_GELU(x, None), low, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            refuse_second_derivative("gelu_linear")
+        has_bias = ctx.needs_input_grad[2]
+        for_x, for_weight, for_bias = GELU_BACKWARD(grad, *ctx.saved_tensors, has_bias)
         weight_dtype, bias_dtype = ctx.dtypes
         return for_x, for_weight.to(weight_dtype), for_bias.to(bias_dtype) if has_bias else None, None

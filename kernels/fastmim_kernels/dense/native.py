@@ -12,6 +12,7 @@ from .. import native_library
 from . import allocate_backward
 
 _gradients = native_library.function("linear_gradients")
+_gelu_backward = native_library.function("gelu_backward")
 # Raises ImportError where the CPU or the system has no tiles: then there is no native implementation.
 _gradients(None, None, 0, 0, 0, None, None, 1)
 
@@ -23,3 +24,12 @@ def linear_backward(grad: Tensor, x: Tensor, has_bias: bool) -> tuple[Tensor, Te
     grad, x = grad.contiguous(), x.contiguous()
     _gradients(grad, x, rows, outputs, inputs, for_weight, for_bias if has_bias else None, threads)
     return for_weight, for_bias
+
+
+def gelu_linear_backward(grad: Tensor, x: Tensor, low: Tensor, has_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    grad, x = grad.contiguous(), x.contiguous()
+    for_x, active = torch.empty_like(x), torch.empty_like(x)
+    # Of GELU's result first, and then, in its place, of x.
+    torch.mm(grad.view(-1, low.shape[0]), low, out=for_x.view(-1, low.shape[1]))
+    _gelu_backward(for_x, x, for_x, active, x.numel(), torch.get_num_threads())
+    return for_x, *linear_backward(grad, active, has_bias)
