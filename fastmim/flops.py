@@ -173,10 +173,11 @@ def mixedae(model: ModelSpec, o: Any) -> list[Term]:
     patches, width = model.num_patches, SIZES[model.name].width
     turns = o.members if o.mode == "full" else 1
     mixtures = turns / o.members
-    num_prefix = 1 if o.cls_mode == "shared" else 0
-    terms = [Term(t.name, mixtures * t.forward, t.passes) for t in encoder(model, patches)]
+    classes = o.members if o.cls_mode == "per_image" else 1
+    num_prefix = 0 if o.cls_mode == "none" else classes
+    terms = [Term(t.name, mixtures * t.forward, t.passes) for t in encoder(model, patches + classes - 1)]
     latent, sizes = mixtures * (patches + num_prefix), (o.decoder_width, o.decoder_depth, model.patch_values)
-    terms.append(decoder(model, latent, *sizes, copies=turns, num_prefix=num_prefix))
+    terms.append(decoder(model, latent, *sizes, copies=turns, num_prefix=min(num_prefix, 1)))
     if o.contrast_weight:
         projects = o.projection == "mlp"
         head = patches * mlp(width, width, PROJECTION_OUT) if projects else 0.0
@@ -227,8 +228,9 @@ def dalle_encoder(model: ModelSpec) -> float:
 
 
 def icmae(model: ModelSpec, o: Any) -> list[Term]:
-    """Per image: both of its views."""
+    """Per image: both of its views, or one through the online networks and the other through the momentum ones."""
     patches, (width, _, _) = model.num_patches, SIZES[model.name]
+    views = 2 if o.second_view == "full" else 1
     visible = count_kept(patches, o.mask_ratio)
     embed, body = encoder(model, visible)
     terms = [
@@ -247,7 +249,7 @@ def icmae(model: ModelSpec, o: Any) -> list[Term]:
         two_blocks = blocks(patches + 1, width, 2) + mlp(width, o.head_hidden, o.head_hidden, width)
         terms += [Term("class blocks", two_blocks), Term("heads", mlp(width, o.head_hidden, width))]
         terms.append(Term("target class blocks", two_blocks, FROZEN))
-    return [Term(t.name, 2 * t.forward, t.passes) for t in terms]
+    return [Term(t.name, views * t.forward, t.passes) for t in terms]
 
 
 def simmim(model: ModelSpec, o: Any) -> list[Term]:

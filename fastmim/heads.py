@@ -41,7 +41,19 @@ def _check_widths(*widths: int) -> None:
         raise ConfigError(f"head_hidden, head_out: expected at least 1 channel, got {min(widths)}")
 
 
-class ProjectionHead(nn.Sequential):
+class Head(nn.Sequential):
+    """Layers on one vector per image, in float32 under autocast, too.
+
+    Images differ by little, batch norm makes that large, and ReLU then decides by its sign: what bfloat16 rounds here
+    turns a gradient on or off. In float32 the layers cost as little, being a thousandth of a step.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(torch.promote_types(x.dtype, torch.float32)))
+
+
+class ProjectionHead(Head):
     """Linear (with bias) - SyncBN - ReLU - Linear (no bias).
 
     Source: ZhichengHuang/CMAE necks NonLinearNeck; linear layers keep torch's default initialization.
@@ -54,7 +66,7 @@ class ProjectionHead(nn.Sequential):
         )
 
 
-class NormalizedHead(nn.Sequential):
+class NormalizedHead(Head):
     """Linear maps without bias, each followed by SyncBN, ReLU between them; the last SyncBN has no weight and bias.
 
     Args:

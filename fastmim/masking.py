@@ -19,6 +19,13 @@ def _count_kept(total: int, mask_ratio: float) -> int:
     return kept
 
 
+def plan_of(order: Tensor, num_keep: int) -> MaskPlan:
+    """The mask whose first patches in given orders (B, L) are visible."""
+    ids_restore = order.argsort(dim=1)
+    mask = (ids_restore >= num_keep).float()
+    return MaskPlan(order[:, :num_keep].contiguous(), order[:, num_keep:].contiguous(), ids_restore, mask)
+
+
 class RandomPolicy:
     """Uniformly random patches, an exact number per image. Source: MAE, arXiv 2111.06377 section 3."""
 

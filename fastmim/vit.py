@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from fastmim_kernels import gather_tokens, patchify_gather, restore_tokens
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastmim import savers
 from fastmim.blocks import Attend, Block, Branch, Linear, Norm, Sum, attention, in_stream_dtype, run_blocks
@@ -87,6 +88,7 @@ class Encoder(nn.Module):
         ids: Tensor | None = None,
         *,
         extra: Tensor | None = None,
+        classes: Tensor | None = None,
         attend: Attend | Sequence[Attend] = attention,
         drop: Tensor | None = None,
     ) -> Tensor:
@@ -96,18 +98,20 @@ class Encoder(nn.Module):
             patches: (B, K, V).
             ids: (B, K) their indices in the grid; None: all, in raster order.
             extra: added to the patch tokens, broadcasts against (B, K, D).
+            classes: (P, D) added to the class token, which then stands P times; None: once, by itself.
             attend: the attention of all blocks, or one per block.
             drop: (B, depth, 2), see `random_drop_path`.
 
         Returns:
-            (B, 1 + K, D), class token first.
+            (B, 1 + K, D), class token first; (B, P + K, D) with classes.
         """
         x = self.embed(patches, ids)
         if self.design["position"]:
             x = x + (self.position[1:] if ids is None else self.position[1:][ids])
         if extra is not None:
             x = x + extra
-        cls = (self.cls_token + self.position[0]).expand(len(x), 1, -1)
+        cls = self.cls_token + self.position[0]
+        cls = (cls if classes is None else cls + classes).expand(len(x), -1, -1)
         x = torch.cat([cls.to(x.dtype), x], dim=1)
         return self.norm(*run_blocks(self.blocks, x, attend, drop))[0]
 
@@ -232,8 +236,42 @@ class Decoder(nn.Module):
         x, branch = self.hidden(latent, layout)
         x = branch.added_to(x)[:, self.num_prefix :]
         if self.pool:
-            return self.pred(self.norm(x)[0].mean(1))
+            # A vector per image: in float32 it costs nothing, and heads are sensitive to its rounding (heads.py).
+            mean = mean_token(self.norm(x)[0])
+            with torch.autocast(x.device.type, enabled=False):
+                return self.pred(mean)
         return self.pred(self.norm(x if ids_out is None else gather_tokens(x, ids_out))[0])
+
+
+class TokenDecoder(Decoder):
+    """A decoder that predicts a vector for the class token, too: (B, 1 + L, out_values)."""
+
+    def forward(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        return self.pred(self.norm(*self.hidden(latent, ids_restore))[0])
+
+
+class PositionDrop(nn.Module):
+    """Puts one learned vector in the place of the positions of the first `count` visible tokens.
+
+    The visible tokens come in random order, so these are any. Their number is exact, where MP3's is random: a mean over
+    them weighs all images alike.
+    """
+
+    def __init__(self, width: int, count: int):
+        super().__init__()
+        self.count = count
+        self.vector = nn.Parameter(torch.empty(width))
+        nn.init.normal_(self.vector, std=0.02)
+
+    def forward(self, position: Tensor) -> Tensor:
+        """(B, K, D) positions -> (B, K, D), what to add to the tokens besides them."""
+        swapped = self.vector - position[:, : self.count]
+        return F.pad(swapped, (0, 0, 0, position.shape[1] - self.count))
+
+
+def mean_token(tokens: Tensor) -> Tensor:
+    """(B, N, D) -> (B, D) in float32 or wider: over many tokens their rounding averages out, a rounded mean's would stay."""
+    return tokens.mean(1, dtype=torch.promote_types(tokens.dtype, torch.float32))
 
 
 def inverse(order: Tensor) -> Tensor:

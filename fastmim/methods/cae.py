@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from fastmim_kernels import TokenLoss, bias_gelu, gather_tokens, linear_cross_entropy
+from fastmim_kernels import TokenLoss, gather_tokens, linear_cross_entropy
 from fastmim_pipelines.spec import Batch, CropSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -23,7 +23,7 @@ from fastmim import savers
 from fastmim.attention import attend_tokens
 from fastmim.blocks import NORM_EPS, Block, Branch, Linear, Norm, Residual, random_drop_path, run_blocks
 from fastmim.config import SIZES, ConfigError, ModelSpec, check_range
-from fastmim.masking import BlockPolicy, MaskPlan
+from fastmim.masking import BlockPolicy, MaskPlan, RandomPolicy
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.recompute import called
 from fastmim.targets import PixelTarget, Reconstruction
@@ -42,8 +42,13 @@ class Config:
     """The d-VAE encoder: OpenAI's encoder.pkl, or the same weights as a state dict or .safetensors."""
     tokens: Path | None = None
     """Folder of recorded token ids, in place of computing them. The tokenizer is then only compared with it, if given."""
+    mask: Literal["block", "random"] = "block"
+    """Rectangles of patches, or any patches, which makes another method: blocks lie mostly in the middle. Source:
+    furnace/masking_generator.py has both."""
     mask_ratio: float = 0.5
-    """Share of patches that the encoder does not see, in blocks: 98 of 196. The first version had 75 (0.38)."""
+    """Share of patches that the encoder does not see: 98 of 196. The first version had 75 (0.38)."""
+    norm_pix: bool = True
+    """Normalize the target per patch where it is pixels. Source: [PD], its default."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Area of the random crop."""
     regressor_depth: int = 4
@@ -112,7 +117,7 @@ class RegressorBlock(Residual):
         # As in the source: the second residual starts from the normalized tokens.
         attended, last = (None, None) if drop is None else drop.unbind(1)
         x, _ = self.norm2(x, Branch(self.attn(q, k, v), self.gamma_1, attended))
-        return Branch(self.project(self.fc1(x), bias_gelu, self.fc2), self.gamma_2, last).added_to(x)
+        return Branch(self.project(self.fc1(x), self.fc2), self.gamma_2, last).added_to(x)
 
     def project_all(self, x: Tensor, visible: Tensor, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, M, D), keys and values (B, K + M, D)."""
@@ -199,8 +204,8 @@ class CAE(Method):
     def __init__(self, model: ModelSpec, config: Config, tokenizer: Tokenizer | None = None):
         super().__init__(model)
         self.config = config
-        self.mask = BlockPolicy(model, config.mask_ratio)
-        self.pixels = PixelTarget(model, normalize=True)
+        self.mask = {"block": BlockPolicy, "random": RandomPolicy}[config.mask](model, config.mask_ratio)
+        self.pixels = PixelTarget(model, config.norm_pix)
         self.tokens = self._token_target(tokenizer)
         self.crops = (CropSpec(size=model.image_size, scale=config.crop_scale),)
         if self.tokens is not None:

@@ -22,7 +22,7 @@ from fastmim.masking import CellPolicy, MaskPlan
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.targets import PixelTarget, Reconstruction
 from fastmim.views import ColorConfig, random_color, random_flip, random_shift
-from fastmim.vit import Decoder, DecoderSpec
+from fastmim.vit import Decoder, DecoderSpec, mean_token
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class CMAE(Method):
             batch.crops[0], offset=shift, mean=self.model.mean, std=self.model.std, **window, **color
         )
         tokens = self.target_encoder(patchify_gather(view, None, self.model.patch_size))
-        return tokens[:, self.encoder.num_prefix :].mean(1)
+        return mean_token(tokens[:, self.encoder.num_prefix :])
 
     def represent(self, batch: Batch, rng: Tensor) -> Representations:
         window = self._window(batch, rng)

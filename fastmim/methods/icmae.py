@@ -18,20 +18,20 @@ from typing import Literal, NamedTuple
 import torch
 from fastmim_kernels import Stream, contrastive_loss, gather_tokens, random_words, shift_flip_jitter, uniform
 from fastmim_pipelines.spec import Batch, CropSpec
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastmim import dist
-from fastmim.blocks import attention
 from fastmim.config import SIZES, ConfigError, ModelSpec, check_range
 from fastmim.contrast import Representations, Rest, among
 from fastmim.ema import EmaPair, module_pairs, start_target
 from fastmim.heads import ClassBlocks, NormalizedHead, PositionHead
-from fastmim.masking import MaskPlan, RandomPolicy
+from fastmim.heat import HEAT
+from fastmim.masking import MaskPlan, RandomPolicy, plan_of
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.targets import PixelTarget, Reconstruction
 from fastmim.views import ColorConfig, random_color
-from fastmim.vit import Decoder, DecoderSpec, Encoder
+from fastmim.vit import Decoder, DecoderSpec, Encoder, PositionDrop, TokenDecoder
 
 # The fixed box of SimCCrop. Source: ContrastiveCrop code.
 CENTER = (0.25, 0.25, 0.75, 0.75)
@@ -46,8 +46,11 @@ class Config:
     """Options of ICMAE; see the head of the file for what the sources are called."""
 
     crop: Literal["contrastive", "sim_center", "random"] = "contrastive"
-    """Where the crops have their centers: in boxes from the encoder's attention, in the middle half of the image, or
-    anywhere. Source: the abstract names ContrastiveCrop; boxes from the class token's attention are an own choice."""
+    """Where the crops have their centers: in boxes from the encoder's heat maps, in the middle half of the image, or
+    anywhere. Source: the abstract names ContrastiveCrop."""
+    heat: Literal["attn", "feat", "sim"] = "attn"
+    """What the heat maps show of each patch: the class token's attention to it, the distance of its token from the mean
+    token, or the cosine between them. Own choice."""
     first_crop: Literal["sim_center", "random"] = "sim_center"
     """What `contrastive` does before the first update of its boxes. Own choice: a middle costs nothing and is right for
     pictures of objects; ContrastiveCrop code: random."""
@@ -60,6 +63,9 @@ class Config:
     """Area of the random crop. Source: ContrastiveCrop code."""
     color: ColorConfig = field(default_factory=lambda: ColorConfig(saturation=0.2, blur_probability=0.0))
     """Color augmentation of the second view. Source: SDMAE code."""
+    second_view: Literal["full", "key"] = "full"
+    """full: both views are reconstructed, and each is compared with the other; key: the second is what the first is
+    compared with, no more, for half of the cost. Source of full: SDMAE code; key is an own choice."""
     mask_ratio: float = 0.75
     """Share of patches that the encoder does not see. Source: SDMAE code."""
     mask_share: Literal["same", "independent", "complement"] = "same"
@@ -107,32 +113,6 @@ class View(NamedTuple):
     """Keyword arguments of PixelTarget."""
 
 
-class TokenDecoder(Decoder):
-    """A decoder that predicts a vector for the class token, too: (B, 1 + L, out_values)."""
-
-    def forward(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        return self.pred(self.norm(*self.hidden(latent, ids_restore))[0])
-
-
-class PositionDrop(nn.Module):
-    """Puts one learned vector in the place of the positions of the first `count` visible tokens.
-
-    The visible tokens come in random order, so these are any. Their number is exact, where MP3's is random: a mean over
-    them weighs all images alike.
-    """
-
-    def __init__(self, width: int, count: int):
-        super().__init__()
-        self.count = count
-        self.vector = nn.Parameter(torch.empty(width))
-        nn.init.normal_(self.vector, std=0.02)
-
-    def forward(self, position: Tensor) -> Tensor:
-        """(B, K, D) positions -> (B, K, D), what to add to the tokens besides them."""
-        swapped = self.vector - position[:, : self.count]
-        return F.pad(swapped, (0, 0, 0, position.shape[1] - self.count))
-
-
 class ICMAE(Method):
     Config = Config
 
@@ -158,9 +138,12 @@ class ICMAE(Method):
 
     def _set_crops(self, config: Config) -> None:
         has_boxes = config.crop != "random"
+        # Views that the online networks see.
+        self.online_views = 2 if config.second_view == "full" else 1
+        views = self.online_views if config.contrast == "none" else 2
         self.crops = tuple(
             CropSpec(self.model.image_size, config.crop_scale, view=view, alpha=config.crop_alpha, uses_boxes=has_boxes)
-            for view in (0, 1)
+            for view in range(views)
         )
         if config.crop == "contrastive":
             if not all(0 < share < 1 for share in config.box_updates):
@@ -198,6 +181,11 @@ class ICMAE(Method):
         self.targets: list[tuple[str, str]] = []  # names of (online, target)
         if mode == "none":
             return
+        if mode == "sd_dec" and config.second_view == "key":
+            raise ConfigError(
+                "--icmae.second-view key: expected --icmae.contrast enc_cls or none, since sd_dec compares what the decoder "
+                "makes of both views, got sd_dec; use --icmae.second-view full"
+            )
         if mode == "sd_dec" and self.model.patch_values != width:
             raise ConfigError(
                 f"--icmae.contrast sd_dec: expected patches of as many values as the encoder is wide, which is {width}, "
@@ -220,12 +208,15 @@ class ICMAE(Method):
 
     # -- what is drawn ---------------------------------------------------------------------------------------------
 
-    def _views(self, batch: Batch, rng: Tensor) -> tuple[View, View]:
-        """The plain and the color-augmented view; the pixels of each are its own target."""
+    def _views(self, batch: Batch, rng: Tensor) -> list[View]:
+        """The plain view and, if it is needed, the color-augmented one; the pixels of each are its own target."""
         flip = uniform(rng, batch.ids, Stream.FLIP, 2) < 0.5
-        color = random_color(rng, batch.ids, self.config.color)
-        second = shift_flip_jitter(batch.crops[1], size=self.model.image_size, flip=flip[:, 1], **color)
-        return View(batch.crops[0], {"flip": flip[:, 0]}), View(second, {})
+        views = [View(batch.crops[0], {"flip": flip[:, 0]})]
+        if len(self.crops) > 1:
+            color = random_color(rng, batch.ids, self.config.color)
+            second = shift_flip_jitter(batch.crops[1], size=self.model.image_size, flip=flip[:, 1], **color)
+            views.append(View(second, {}))
+        return views
 
     def _plans(self, rng: Tensor, ids: Tensor) -> tuple[MaskPlan, MaskPlan]:
         """Masks of the two views."""
@@ -236,30 +227,35 @@ class ICMAE(Method):
             order = torch.cat([first.ids_masked, first.ids_keep], dim=1)
         else:
             order = random_words(rng, ids, Stream.MASK, 2 * count)[:, count:].argsort(dim=1, stable=True)
-        return first, _plan(order, self.mask.num_keep)
+        return first, plan_of(order, self.mask.num_keep)
 
     # -- the three tasks -------------------------------------------------------------------------------------------
 
-    def _encode(self, views: Sequence[View], plans: Sequence[MaskPlan]) -> tuple[Tensor, Tensor, MaskPlan]:
-        """Patches, latent and masks of both views, one after the other: only batch normalization must see them apart."""
-        plan = MaskPlan(*(torch.cat(both) for both in zip(*plans)))
+    def _visible(self, views: Sequence[View], plans: Sequence[MaskPlan]) -> tuple[Tensor, MaskPlan]:
+        """Patches and masks of views, one after the other: only batch normalization must see them apart."""
         patches = torch.cat([self.pixels.patches(v.images, p.ids_keep, **v.window) for v, p in zip(views, plans)])
+        return patches, MaskPlan(*(torch.cat(parts) for parts in zip(*plans)))
+
+    def _encode(self, patches: Tensor, plan: MaskPlan) -> Tensor:
         extra = None if self.position_drop is None else self.position_drop(self.encoder.position[1:][plan.ids_keep])
-        return patches, self.encoder(patches, plan.ids_keep, extra=extra), plan
+        return self.encoder(patches, plan.ids_keep, extra=extra)
 
     def represent(self, batch: Batch, rng: Tensor) -> Representations:
-        patches, latent, plan = self._encode(self._views(batch, rng), self._plans(rng, batch.ids))
-        tokens = self.decoder(latent, plan.ids_restore) if self.config.contrast == "sd_dec" else None
-        return Representations(self._online(latent, tokens), self._target(patches, tokens, plan.ids_keep))
+        views, plans = self._views(batch, rng), self._plans(rng, batch.ids)
+        seen = self._visible(views[: self.online_views], plans[: self.online_views])
+        latent = self._encode(*seen)
+        tokens = self.decoder(latent, seen[1].ids_restore) if self.config.contrast == "sd_dec" else None
+        return Representations(self._online(latent, tokens), self._target(views, plans, seen, tokens))
 
     def forward(self, batch: Batch, rng: Tensor, rest: Rest | None = None) -> StepOutput:
         views, plans = self._views(batch, rng), self._plans(rng, batch.ids)
-        patches, latent, both = self._encode(views, plans)
+        seen = self._visible(views[: self.online_views], plans[: self.online_views])
+        latent, both = self._encode(*seen), seen[1]
         tokens, pred = self._decode(latent, both.ids_restore, both.ids_masked)
 
         parts = {
             f"pixel_{name}": self.pixels.loss(part, view.images, plan.ids_masked, **view.window)
-            for name, part, view, plan in zip("ab", pred.chunk(2), views, plans)
+            for name, part, view, plan in zip("ab", pred.chunk(self.online_views), views, plans)
         }
         measures: dict[str, Tensor] = {}
         if self.config.position != "none":
@@ -268,7 +264,7 @@ class ICMAE(Method):
         if self.config.contrast != "none":
             online = self._online(latent, tokens)
             if rest is None:
-                images = Representations(online, self._target(patches, tokens, both.ids_keep))
+                images = Representations(online, self._target(views, plans, seen, tokens))
             else:
                 images = among(rest, online)
             loss, cosines = self._contrast(images)
@@ -285,7 +281,7 @@ class ICMAE(Method):
         return tokens, pred if ids_out is None else gather_tokens(pred, ids_out)
 
     def _position(self, latent: Tensor, ids_keep: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of both views' losses, and the share of patches whose place was predicted right."""
+        """Sum of the views' losses, and the share of patches whose place was predicted right."""
         count = ids_keep.shape[1] if self.position_drop is None else self.position_drop.count
         logits = self.position_head(latent[:, 1 : 1 + count]).float().flatten(0, 1)
         places = ids_keep[:, :count].flatten()
@@ -294,23 +290,34 @@ class ICMAE(Method):
         else:
             loss = F.mse_loss(logits, F.one_hot(places, self.model.num_patches).float())
         # Views have equally many patches: twice the mean over both is the sum of the means.
-        return 2 * loss, (logits.argmax(1) == places).float().mean()
+        return self.online_views * loss, (logits.argmax(1) == places).float().mean()
 
     def _online(self, latent: Tensor, tokens: Tensor | None) -> Tensor:
-        """(B, 2, D) what is compared of the views a and b."""
+        """(B, 2, D) what is compared of the views a and b; (B, 1, D) of a alone."""
         x = latent[:, 0] if tokens is None else self.class_blocks(tokens)
-        return torch.stack(x.chunk(2), dim=1)
+        return torch.stack(x.chunk(self.online_views), dim=1)
 
     @torch.no_grad()
-    def _target(self, patches: Tensor, tokens: Tensor | None, ids_keep: Tensor) -> Tensor:
-        """(B, 2, D) the same of the momentum networks."""
-        x = self.target_encoder(patches, ids_keep)[:, 0] if tokens is None else self.target_class_blocks(tokens)
-        return torch.stack(x.chunk(2), dim=1)
+    def _target(
+        self, views: Sequence[View], plans: Sequence[MaskPlan], seen: tuple[Tensor, MaskPlan], tokens: Tensor | None
+    ) -> Tensor:
+        """(B, 2, D) the same of the momentum networks; (B, 1, D) of the view b alone.
+
+        Args:
+            seen: patches and masks of the views that the online networks see.
+        """
+        if tokens is not None:
+            x = self.target_class_blocks(tokens)
+        else:
+            patches, plan = seen if self.online_views == 2 else self._visible(views[1:], plans[1:])
+            x = self.target_encoder(patches, plan.ids_keep)[:, 0]
+        return torch.stack(x.chunk(self.online_views), dim=1)
 
     def _contrast(self, images: Representations) -> tuple[Tensor, dict[str, Tensor]]:
         """InfoNCE of each view's query against the other's keys, summed and times twice the temperature; cosines."""
         queries = [_unit(self.predictor(self.projector(x))) for x in images.online.unbind(1)]
         with torch.no_grad():
+            # The keys of a view's query are the other's; a single query and its keys are of different views already.
             own = [_unit(self.target_projector(x)) for x in images.target.flip(1).unbind(1)]
         # SDMAE compares the images of one device, MoCo v3 those of all.
         is_local = self.config.contrast == "sd_dec"
@@ -322,7 +329,7 @@ class ICMAE(Method):
         )
         cosines = {
             "cosine/positive": (torch.cat(queries).detach() * torch.cat(own)).sum(-1).mean(),
-            "cosine/mean": sum((q.detach().mean(0) * k.mean(0)).sum() for q, k in zip(queries, keys)) / 2,
+            "cosine/mean": sum((q.detach().mean(0) * k.mean(0)).sum() for q, k in zip(queries, keys)) / len(queries),
         }
         return 2 * self.temperature * info_nce, cosines
 
@@ -338,20 +345,7 @@ class ICMAE(Method):
         return end - (end - start) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def heat_map(self, images: Tensor) -> Tensor:
-        """Attention of the last block's class token to the patches of whole images, mean over the heads.
-
-        Own choice: the sum over the channels, which ContrastiveCrop takes, is constant after a layer norm.
-        """
-        seen: list[Tensor] = []
-
-        def watch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            # Products and a sum stay float32 under autocast, where a matrix product would not.
-            scores = (q[:, :, :1].float() * k.float()).sum(-1) / math.sqrt(q.shape[-1])
-            seen.append(scores.softmax(-1)[:, :, 1:].mean(1))
-            return attention(q, k, v)
-
-        self.encoder(self.pixels.patches(images, None), attend=[attention] * (len(self.encoder.blocks) - 1) + [watch])
-        return seen[0].view(-1, *self.model.grid)
+        return HEAT[self.config.heat](self.encoder, self.pixels.patches(images, None)).view(-1, *self.model.grid)
 
     def reconstruct(self, images: Tensor, ids: Tensor, rng: Tensor) -> Reconstruction:
         plan = self.mask(rng, ids)
@@ -361,13 +355,6 @@ class ICMAE(Method):
 
 def _unit(x: Tensor) -> Tensor:
     return F.normalize(x.float(), dim=-1)
-
-
-def _plan(order: Tensor, num_keep: int) -> MaskPlan:
-    """The mask whose first patches in a given order (B, L) are visible."""
-    ids_restore = order.argsort(dim=1)
-    mask = (ids_restore >= num_keep).float()
-    return MaskPlan(order[:, :num_keep].contiguous(), order[:, num_keep:].contiguous(), ids_restore, mask)
 
 
 METHOD = ICMAE

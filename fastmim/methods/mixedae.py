@@ -19,10 +19,10 @@ import torch
 from fastmim_kernels import mix_patches, partition, patch_contrastive_loss, topk_attention, unmix_tokens
 from fastmim_pipelines.spec import Batch, CropSpec
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastmim.blocks import Attend, attention
 from fastmim.config import SIZES, ConfigError, ModelSpec
+from fastmim.homologous import attend_apart, own_image_bias, own_share, without_class_token
 from fastmim.masking import MaskPlan
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.targets import PixelTarget, Reconstruction
@@ -49,9 +49,10 @@ class Config:
     """Patch keys that a patch keeps, itself included; none: the number of its image's patches. Own, per head."""
     homo_layers: Literal["all", "all_but_first"] | int = "all"
     """Encoder blocks with homologous attention; a number: the last so many. Own."""
-    cls_mode: Literal["shared", "none"] = "shared"
+    cls_mode: Literal["shared", "per_image", "none"] = "shared"
     """shared: one class token per mixture, which sees all patches, is a key of all, and goes to each image's decoder;
-    none: it stays by itself, so that images meet in no token. Own."""
+    per_image: one per image, which carries its segment vector, sees itself and as many patches as a patch does, is a key of
+    all patches, and goes to its own decoder alone; none: it stays by itself, so that images meet in no token. Own."""
     use_segments: bool = True
     """Add a learned vector per member to its patches before the first block. Own: its start, N(0, 0.02^2)."""
     contrast_weight: float = 0.1
@@ -62,6 +63,9 @@ class Config:
     """Head before the contrastive loss: none, or a layer of the encoder's width, GELU, and one of 256. Own."""
     norm_pix: bool = True
     """Normalize the target per patch. Own: MAE's better setting."""
+    diagnostics: bool = False
+    """Also measure, per block, the share of the patches' attention that stays within their image, and how rightly keys would
+    be chosen without segments, which costs a pass of the encoder without gradient. Own."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area of the random crop. Source: MAE, main_pretrain.py; no color jitter (introduction)."""
     decoder_width: int = 512
@@ -75,16 +79,21 @@ class Config:
 class UnmixingDecoder(Decoder):
     """MAE's decoder on every image of a mixture: its own patches, mask tokens in the place of the others'."""
 
-    def __init__(self, model: ModelSpec, spec: DecoderSpec, out_values: int, *, members: int, num_prefix: int):
-        super().__init__(model, spec, out_values, num_prefix=num_prefix)
-        self.members = members
+    def __init__(self, model: ModelSpec, spec: DecoderSpec, out_values: int, *, members: int, cls_mode: str):
+        super().__init__(model, spec, out_values, num_prefix=0 if cls_mode == "none" else 1)
+        self.members, self.has_own_class = members, cls_mode == "per_image"
 
     def fill(self, tokens: Tensor, src: Tensor, mask_token: Tensor, position: Tensor) -> Tensor:
-        return unmix_tokens(tokens, mask_token, position, src, self.members, self.num_prefix)
+        members = self.members
+        if not self.has_own_class:
+            return unmix_tokens(tokens, mask_token, position, src, members, self.num_prefix)
+        patches = unmix_tokens(tokens[:, members:], mask_token, position[1:], src, members, 0)
+        classes = tokens[:, :members].flatten(0, 1).unsqueeze(1) + position[:1]
+        return torch.cat([classes.to(patches.dtype), patches], dim=1)
 
     def places(self, table: Tensor, src: Tensor, count: int) -> Tensor:
         # A mixture shows a patch at every position.
-        return table
+        return torch.cat([table[:1].expand(self.members, -1), table[1:]]) if self.has_own_class else table
 
 
 class MixedAE(Method):
@@ -96,15 +105,16 @@ class MixedAE(Method):
         self.layers = _check(model, config)
         self.batch_multiple = config.members
         self.topk = model.num_patches // config.members if config.topk is None else config.topk
-        # Tokens that the encoder hands to the decoders beside the patches.
-        self.num_prefix = 1 if config.cls_mode == "shared" else 0
+        # Class tokens of a mixture, and how many of them its patches see and the decoders get.
+        self.num_classes = config.members if config.cls_mode == "per_image" else 1
+        self.num_prefix = 0 if config.cls_mode == "none" else self.num_classes
         self.crops = (CropSpec(size=model.image_size, scale=config.crop_scale),)
         self.pixels = PixelTarget(model, config.norm_pix)
         self.encoder = Encoder(model)
         width = self.encoder.width
         spec = DecoderSpec(config.decoder_width, config.decoder_depth, config.decoder_heads)
         self.decoder = UnmixingDecoder(
-            model, spec, model.patch_values, members=config.members, num_prefix=self.num_prefix
+            model, spec, model.patch_values, members=config.members, cls_mode=config.cls_mode
         )
         if config.use_segments:
             self.segments = nn.Embedding(config.members, width)
@@ -133,43 +143,89 @@ class MixedAE(Method):
     def _mixture(self, images: Tensor, src: Tensor, turn: int, flip: Tensor) -> StepOutput:
         """Both losses on one mixture per group."""
         config = self.config
-        latent, hits = self._encode(images, src, flip=flip)
+        shares: list[Tensor] | None = [] if config.diagnostics else None
+        latent, hits = self._encode(images, src, shares, flip=flip)
         plan = mask_plan(src, config.members)
-        pred = self.decoder(latent[:, 1 - self.num_prefix :], src, plan.ids_masked)
+        pred = self.decoder(latent[:, self.num_classes - self.num_prefix :], src, plan.ids_masked)
         loss = pixel = self._pixel_loss(pred, images, plan, turn, flip)
         parts = {"pixel": pixel.detach()}
         if config.contrast_weight:
-            features = latent[:, 1:]
+            features = latent[:, self.num_classes :]
             if config.projection == "mlp":
                 features = self.projector(features)
             contrast = config.contrast_weight * patch_contrastive_loss(features, src, config.temperature)
             loss, parts["contrast"] = loss + contrast, contrast.detach()
-        accuracy = {f"topk_accuracy/{i:02d}": h.float().mean() / self.topk for i, h in zip(self.layers, hits)}
-        return StepOutput(loss, parts, accuracy)
+        measures = self._accuracy("topk_accuracy", hits)
+        if config.diagnostics:
+            measures |= {f"own_attention/{i:02d}": share for i, share in enumerate(shares)}
+            measures |= self._accuracy("topk_accuracy_without_segments", self._unaided_hits(images, src, flip))
+        return StepOutput(loss, parts, measures)
 
-    def _encode(self, images: Tensor, src: Tensor, **window: object) -> tuple[Tensor, list[Tensor]]:
-        """Latent (G, 1 + L, D), and for each layer with top-K attention (G, heads, L) how many keys were chosen rightly."""
-        m = self.model
-        patches = mix_patches(images, src, m.patch_size, self.config.members, mean=m.mean, std=m.std, **window)
-        segments = self.segments(src) if self.config.use_segments else None
+    def _accuracy(self, name: str, hits: list[Tensor]) -> dict[str, Tensor]:
+        return {f"{name}/{i:02d}": h.float().mean() / self.topk for i, h in zip(self.layers, hits)}
+
+    @torch.no_grad()
+    def _unaided_hits(self, images: Tensor, src: Tensor, flip: Tensor) -> list[Tensor]:
+        """How many keys are chosen rightly by what the patches show, where segments are not there to tell."""
+        if self.config.homologous != "topk" or not self.config.use_segments:
+            return []
+        return self._encode(images, src, has_segments=False, flip=flip)[1]
+
+    def _encode(
+        self,
+        images: Tensor,
+        src: Tensor,
+        shares: list[Tensor] | None = None,
+        *,
+        has_segments: bool = True,
+        **window: object,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Latent (G, P + L, D), and for each layer with top-K attention (G, heads, L) how many keys were chosen rightly.
+
+        Args:
+            shares: receives what `own_share` finds in each block.
+        """
+        m, members = self.model, self.config.members
+        patches = mix_patches(images, src, m.patch_size, members, mean=m.mean, std=m.std, **window)
+        segments = classes = None
+        if self.config.cls_mode == "per_image":
+            classes = patches.new_zeros(members, self.encoder.width)
+        if self.config.use_segments and has_segments:
+            segments = self.segments(src)
+            classes = None if classes is None else self.segments(torch.arange(members, device=src.device))
         hits: list[Tensor] = []
-        return self.encoder(patches, extra=segments, attend=self._attends(src, hits)), hits
+        attend = self._attends(src, hits, shares)
+        return self.encoder(patches, extra=segments, classes=classes, attend=attend), hits
 
-    def _attends(self, src: Tensor, hits: list[Tensor]) -> Sequence[Attend]:
-        """The attention of each block; top-K attention appends to `hits` when it is called."""
+    def _attends(self, src: Tensor, hits: list[Tensor], shares: list[Tensor] | None = None) -> Sequence[Attend]:
+        """The attention of each block. When called, top-K attention appends to `hits`, and each block's to `shares`."""
+        members, num_prefix = self.config.members, self.num_prefix
+        choose = partial(topk_attention, topk=self.topk, num_prefix=num_prefix)
 
         def topk(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out, right = topk_attention(q, k, v, self.topk, num_prefix=self.num_prefix, labels=src)
+            out, right = choose(q, k, v, labels=src)
             hits.append(right)
-            return out
+            if self.config.cls_mode != "per_image":
+                return out
+            return torch.cat([attend_apart(q[:, :, :members], k, v, self.topk), out[:, :, members:]], dim=2)
 
-        homologous = attention
+        def watched(attend: Attend, weigh: Attend) -> Attend:
+            def watch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                shares.append(own_share(weigh, q, k, src, members, num_prefix))
+                return attend(q, k, v)
+
+            return attend if shares is None else watch
+
+        # With each: one whose rows of patches are the same, and that counts nothing.
+        homologous = attention, attention
         if self.config.homologous == "topk":
-            homologous = topk
+            homologous = topk, choose
         elif self.config.homologous == "oracle":
-            homologous = partial(attention, bias=own_image_bias(src, self.num_prefix))
-        attends = [homologous if i in self.layers else attention for i in range(len(self.encoder.blocks))]
-        return attends if self.num_prefix else [without_class_token(attend) for attend in attends]
+            bias = own_image_bias(src, members if self.config.cls_mode == "per_image" else 0, num_prefix)
+            homologous = (partial(attention, bias=bias),) * 2
+        plain = attention, attention
+        attends = [watched(*(homologous if i in self.layers else plain)) for i in range(len(self.encoder.blocks))]
+        return attends if num_prefix else [without_class_token(attend) for attend in attends]
 
     def _pixel_loss(self, pred: Tensor, images: Tensor, plan: MaskPlan, turn: int, flip: Tensor) -> Tensor:
         """Mean over the patches that the mixture does not show of its images."""
@@ -198,7 +254,7 @@ class MixedAE(Method):
             return None
         src = self._sources(ids[:count], rng)
         latent, _ = self._encode(images[:count], src)
-        pred = self.decoder(latent[:, 1 - self.num_prefix :], src)
+        pred = self.decoder(latent[:, self.num_classes - self.num_prefix :], src)
         return self.pixels.picture(pred, images[:count], mask_plan(src, self.config.members))
 
 
@@ -218,22 +274,6 @@ def mask_plan(src: Tensor, members: int) -> MaskPlan:
     ids_restore = torch.empty_like(order).scatter_(1, order, places)
     share = src.shape[1] // members
     return MaskPlan(order[:, :share].contiguous(), order[:, share:].contiguous(), ids_restore, mask)
-
-
-def own_image_bias(src: Tensor, num_prefix: int) -> Tensor:
-    """(G, 1, P + L, P + L) for the scores: -inf between patches of different images, 0 elsewhere."""
-    is_foreign = src[:, None, :, None] != src[:, None, None, :]
-    bias = torch.zeros(is_foreign.shape, device=src.device).masked_fill_(is_foreign, -torch.inf)
-    return F.pad(bias, (num_prefix, 0, num_prefix, 0))
-
-
-def without_class_token(attend: Attend) -> Attend:
-    """Patches attend to patches alone, the class token to itself."""
-
-    def among_patches(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.cat([v[:, :, :1], attend(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:])], dim=2)
-
-    return among_patches
 
 
 def average(outputs: list[StepOutput]) -> StepOutput:
@@ -265,6 +305,11 @@ def _check(model: ModelSpec, config: Config) -> range:
         raise ConfigError(
             f"--mixedae.homo-layers: expected all, all_but_first or 1..{depth}, the number of the last blocks, got "
             f"{config.homo_layers}; --mixedae.homologous none leaves it out everywhere"
+        )
+    if config.cls_mode == "per_image" and not config.use_segments and config.homologous != "oracle":
+        raise ConfigError(
+            "--mixedae.cls-mode per_image: expected --mixedae.use-segments, which tells the class tokens apart, got none of "
+            "them; use segments or --mixedae.cls-mode shared"
         )
     if not (config.contrast_weight >= 0 and config.temperature > 0):
         raise ConfigError(

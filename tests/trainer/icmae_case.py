@@ -50,4 +50,6 @@ MODES = {
     "pos_drop": dict(pos_drop=0.34, mask_share="independent"),
     "pos_drop_all": dict(pos_drop=1.0, position="sd_mse", contrast="sd_dec"),
     "frozen": dict(freeze_patch_embed=True),
+    "second_key": dict(second_view="key", mask_share="independent"),
+    "second_none": dict(second_view="key", contrast="none", position="sd_mse", pos_drop=0.34),
 }

@@ -9,6 +9,7 @@ from slow_reference import (
     SMALL,
     cut_view,
     draw_flips,
+    draw_visible,
     layer_norm,
     linear,
     model_spec,
@@ -132,23 +133,31 @@ def slow_regress(w, visible, p_visible, p_masked, heads, drops, quirk=None):
     return q if quirk == "no last norm" else layer_norm(w, "norm", q)
 
 
-def slow_terms(method, weights, batch, rng, *, min_block, masked, depths=(2, 1), peak=0.4, cut=True, tokens=None):
+def slow_terms(
+    method, weights, batch, rng, *, min_block, masked, depths=(2, 1), peak=0.4, cut=True, tokens=None, normalize=True
+):
     """(decoder's loss, alignment, accuracy) in float64, image by image.
 
     Args:
         cut: the alignment target is a constant.
+        min_block: of the block masks; None: any patches are masked.
         tokens: (B, L) token ids; None: the target is pixels.
+        normalize: these, per patch.
     """
     m = method.model
     flips = draw_flips(rng, batch.ids)
     drops = slow_drops(rng, batch.ids, peak, DEPTH, DEPTH, *depths)
-    plan = fk.block_masking(rng, batch.ids, m.grid, masked, min_block=min_block)
     count, heads = len(batch.ids), HEADS
+    if min_block is None:
+        visible = draw_visible(rng, batch.ids, m.num_patches, m.num_patches - masked)
+        is_masked = [[i not in ids for i in range(m.num_patches)] for ids in visible]
+    else:
+        is_masked = fk.block_masking(rng, batch.ids, m.grid, masked, min_block=min_block).mask.tolist()
     decoded, align, right = 0.0, 0.0, 0
     for b in range(count):
         view = cut_view(batch.crops[0][b], m.image_size, 0, 0, flips[b], m.mean, m.std)
-        hidden = [i for i in range(m.num_patches) if plan.mask[b, i]]
-        seen = [i for i in range(m.num_patches) if not plan.mask[b, i]]
+        hidden = [i for i in range(m.num_patches) if is_masked[b][i]]
+        seen = [i for i in range(m.num_patches) if not is_masked[b][i]]
         assert len(hidden) == masked
 
         def encode(ids, drop, view=view):
@@ -169,7 +178,8 @@ def slow_terms(method, weights, batch, rng, *, min_block, masked, depths=(2, 1),
         out = linear(weights, "decoder.head", layer_norm(weights, "decoder.norm", x))
         if tokens is None:
             rows = patch_rows(view, m.patch_size)[hidden]
-            rows = (rows - rows.mean(1, keepdim=True)) / (rows.var(1, keepdim=True) + 1e-6).sqrt()
+            if normalize:
+                rows = (rows - rows.mean(1, keepdim=True)) / (rows.var(1, keepdim=True) + 1e-6).sqrt()
             decoded = decoded + ((out - rows) ** 2).mean() / count
         else:
             for scores, i in zip(out, hidden, strict=True):

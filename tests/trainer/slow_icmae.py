@@ -114,12 +114,12 @@ def slow_position(w, latent, visible, mode, predicted) -> tuple[torch.Tensor, fl
 
 
 def slow_vectors(method, weights, latents, decoded, views, masks) -> tuple[list, list]:
-    """(queries, keys) of both views."""
+    """(queries, keys) of both views; no query of a view without latents."""
     mode, patch = method.config.contrast, method.model.patch_size
     queries, keys = [], []
     for view in range(2):
         if mode == "enc_cls":
-            online = torch.stack([z[0] for z in latents[view]])
+            online = torch.stack([z[0] for z in latents[view]]) if view < len(latents) else None
             w = under(weights, "target_encoder")
             seen = [slow_encode(w, x, ids, patch) for x, ids in zip(views[view], masks[view], strict=True)]
             target = torch.stack([z[0] for z in seen])
@@ -133,7 +133,8 @@ def slow_vectors(method, weights, latents, decoded, views, masks) -> tuple[list,
                     rows.append(x[0])
                 summaries.append(torch.stack(rows))
             online, target = summaries
-        queries.append(slow_head(under(weights, "predictor"), slow_head(under(weights, "projector"), online)))
+        if online is not None:
+            queries.append(slow_head(under(weights, "predictor"), slow_head(under(weights, "projector"), online)))
         keys.append(slow_head(under(weights, "target_projector"), target).detach())
     return queries, keys
 
@@ -149,42 +150,50 @@ def slow_parts(method, weights, batch, rng, second=None, strangers=(), label_off
         [slow_encode(encoder, x, ids, m.patch_size, dropped, no_position) for x, ids in zip(*both, strict=True)]
         for both in zip(views, masks, strict=True)
     ]
+    if config.second_view == "key":
+        latents = latents[:1]
     decoded = [
-        [slow_decode(decoder, z, ids, m.grid) for z, ids in zip(*both, strict=True)]
-        for both in zip(latents, masks, strict=True)
+        [slow_decode(decoder, z, ids, m.grid) for z, ids in zip(*both, strict=True)] for both in zip(latents, masks)
     ]
     parts = {}
-    for name, preds, xs, visible in zip("ab", decoded, views, masks, strict=True):
+    for name, preds, xs, visible in zip("ab", decoded, views, masks):
         masked = [[i for i in range(m.num_patches) if i not in ids] for ids in visible]
         parts[f"pixel_{name}"] = pixel_loss([p[1:] for p in preds], xs, masked, m.patch_size, config.norm_pix)
     if config.position != "none":
         w = under(weights, "position_head")
-        both = [slow_position(w, z, ids, config.position, dropped or KEPT) for z, ids in zip(latents, masks)]
-        parts["position"] = {"ce": 0.1, "sd_mse": 1.0}[config.position] * (both[0][0] + both[1][0])
-        parts["accuracy"] = (both[0][1] + both[1][1]) / 2
+        found = [slow_position(w, z, ids, config.position, dropped or KEPT) for z, ids in zip(latents, masks)]
+        parts["position"] = {"ce": 0.1, "sd_mse": 1.0}[config.position] * sum(loss for loss, _ in found)
+        parts["accuracy"] = sum(right for _, right in found) / len(found)
     if config.contrast != "none":
         tau = {"enc_cls": 0.2, "sd_dec": 1.0}[config.contrast]
-        (q_a, q_b), (k_a, k_b) = slow_vectors(method, weights, latents, decoded, views, masks)
-        labels = [label_offset + i for i in range(len(q_a))]
+        queries, (k_a, k_b) = slow_vectors(method, weights, latents, decoded, views, masks)
+        pairs = list(zip(queries, (k_b, k_a)))
+        labels = [label_offset + i for i in range(len(k_a))]
         before, after = strangers[:label_offset], strangers[label_offset:]
-        gathered = [torch.cat([*before, *k, *after]).view(-1, k.shape[1]) for k in (k_a, k_b)]
-        both = info_nce(q_a, gathered[1], labels, tau) + info_nce(q_b, gathered[0], labels, tau)
-        parts["contrast"] = 0.1 * 2 * tau * both
-        cosines = [F.normalize(q, dim=1) @ F.normalize(k, dim=1).T for q, k in ((q_a, k_b), (q_b, k_a))]
-        parts["positive"] = (cosines[0].diag().mean() + cosines[1].diag().mean()).item() / 2
-        parts["mean"] = (cosines[0].mean() + cosines[1].mean()).item() / 2
+        gathered = [torch.cat([*before, *k, *after]).view(-1, k.shape[1]) for _, k in pairs]
+        parts["contrast"] = 0.1 * 2 * tau * sum(info_nce(q, k, labels, tau) for q, k in zip(queries, gathered))
+        cosines = [F.normalize(q, dim=1) @ F.normalize(k, dim=1).T for q, k in pairs]
+        parts["positive"] = sum(c.diag().mean() for c in cosines).item() / len(cosines)
+        parts["mean"] = sum(c.mean() for c in cosines).item() / len(cosines)
     return parts
 
 
 def slow_heat(method, image) -> torch.Tensor:
-    """Attention of the class token in the last block, by the formula, one head after the other."""
-    m, w = method.model, under(doubles(method), "encoder")
+    """Of the last block, by the formulas: attention of the class token, one head after the other; or tokens and their mean."""
+    m, kind, w = method.model, method.config.heat, under(doubles(method), "encoder")
     rows = patch_rows(cut_view(image, m.image_size, 0, 0, False, m.mean, m.std), m.patch_size)
     width, last = w["patch_embed.weight"].shape[0], count_blocks(w) - 1
     table = position_table(width, m.grid, "column")
     x = torch.cat([w["cls_token"][0], linear(w, "patch_embed", rows) + table[1:]])
     for i in range(last):
         x = block(under(w, f"blocks.{i}"), x, HEADS)
+    if kind != "attn":
+        x = block(under(w, f"blocks.{last}"), x, HEADS)
+        tokens = x[1:] if kind == "feat" else layer_norm(w, "norm", x)[1:]
+        mean = tokens.sum(0) / len(tokens)
+        if kind == "feat":
+            return torch.stack([((t - mean) ** 2).sum().sqrt() for t in tokens]).view(m.grid)
+        return torch.stack([t @ mean / (t @ t * (mean @ mean)).sqrt() for t in tokens]).view(m.grid)
     w = under(w, f"blocks.{last}")
     qkv = linear(w, "attn.qkv", layer_norm(w, "norm1", x))
     d, maps = width // HEADS, []

@@ -41,6 +41,10 @@ GRID = {
     "no_class_token": dict(cls_mode="none"),
     "oracle_no_class_token": dict(homologous="oracle", cls_mode="none"),
     "naive_no_class_token": NAIVE | dict(cls_mode="none"),
+    "class_per_image": dict(cls_mode="per_image", diagnostics=True),
+    "oracle_class_per_image": dict(homologous="oracle", cls_mode="per_image", mode="full", members=3),
+    "naive_class_per_image": dict(homologous="none", cls_mode="per_image", members=2),
+    "unequal_class_per_image": dict(members=5, topk=3, homo_layers=1, cls_mode="per_image", diagnostics=True),
     "full": dict(mode="full", members=3),
     "unequal_shares": dict(members=5),
     "unequal_shares_full": dict(members=5, mode="full"),
@@ -48,6 +52,9 @@ GRID = {
     "mlp": dict(projection="mlp", contrast_weight=0.3, temperature=0.1),
     "all_but_first": dict(homo_layers="all_but_first"),
     "last_1": dict(homo_layers=1, topk=3),
+    "diagnostics_full": dict(diagnostics=True, mode="full", members=3, cls_mode="none"),
+    "diagnostics_naive": NAIVE | dict(diagnostics=True),
+    "diagnostics_oracle": dict(diagnostics=True, homologous="oracle"),
 }
 
 
@@ -73,23 +80,36 @@ def draw_sources(rng, ids, patches, members):
     return rows
 
 
-def allowed_keys(scores, row, kind, topk, has_cls):
-    """Per query the keys that it may attend to, of the tokens of one mixture; scores as nested lists."""
-    first = 1 if has_cls else 0
+def allowed_keys(scores, owners, kind, topk):
+    """Per query the keys that it may attend to, of the tokens of one mixture; scores as nested lists.
+
+    Args:
+        owners: per token the image that it is of, and whether it is a patch; the image is None for a token of all images.
+    """
     keys = []
-    for i, values in enumerate(scores):
-        patches = list(range(first, len(values)))
-        if i >= first and kind == "topk":
-            least = sorted((values[j] for j in patches), reverse=True)[topk - 1]
-            patches = [j for j in patches if values[j] >= least]
-        if i >= first and kind == "oracle":
-            patches = [j for j in patches if row[j - first] == row[i - first]]
-        keys.append(list(range(first)) + patches)
+    places = range(len(scores))
+    patches = [j for j in places if owners[j][1]]
+    classes = [j for j in places if not owners[j][1]]
+    for i, (image, is_patch) in enumerate(owners):
+        chosen, others = patches, classes
+        if kind == "topk" and image is not None:
+            least = sorted((scores[i][j] for j in patches), reverse=True)[topk - 1]
+            chosen = [j for j in patches if scores[i][j] >= least]
+            others = classes if is_patch else [i]
+        if kind == "oracle" and image is not None:
+            chosen = [j for j in patches if owners[j][0] == image]
+            others = [j for j in classes if owners[j][0] in (None, image)]
+        keys.append(others + chosen)
     return keys
 
 
-def mixed_block(w, x, heads, row, kind, topk, has_cls, accuracies):
-    """Pre-norm block on the tokens (N, D) of one mixture."""
+def mixed_block(w, x, heads, owners, kind, topk, seen):
+    """Pre-norm block on the tokens (N, D) of one mixture.
+
+    Args:
+        seen: lists to which is added, per head and patch, the share of its keys that are chosen rightly ("right"), and the
+            share of its attention to patches that its own image gets ("own").
+    """
     width = x.shape[1]
     d = width // heads
     qkv = linear(w, "attn.qkv", layer_norm(w, "norm1", x))
@@ -97,47 +117,51 @@ def mixed_block(w, x, heads, row, kind, topk, has_cls, accuracies):
     for h in range(heads):
         q, k, v = (qkv[:, third * width + h * d : third * width + (h + 1) * d] for third in range(3))
         scores = q @ k.T / math.sqrt(d)
-        keys = allowed_keys(scores.tolist(), row, kind, topk, has_cls)
         rows = []
-        for i, chosen in enumerate(keys):
+        for i, chosen in enumerate(allowed_keys(scores.tolist(), owners, kind, topk)):
             weights = torch.exp(scores[i, chosen])
             rows.append((weights / weights.sum()) @ v[chosen])
+            if owners[i][1]:
+                paid = {j: float(weight) for j, weight in zip(chosen, weights) if owners[j][1]}
+                right = [j for j in paid if owners[j][0] == owners[i][0]]
+                seen["right"].append(len(right) / topk)
+                seen["own"].append(sum(paid[j] for j in right) / sum(paid.values()))
         outputs.append(torch.stack(rows))
-        first = 1 if has_cls else 0
-        for i in range(first, len(keys)):
-            right = [j for j in keys[i] if j >= first and row[j - first] == row[i - first]]
-            accuracies.append(len(right) / topk)
     x = x + linear(w, "attn.proj", torch.cat(outputs, 1))
     hidden = linear(w, "fc1", layer_norm(w, "norm2", x))
     hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
     return x + linear(w, "fc2", hidden)
 
 
-def slow_encode(method, weights, views, row, kinds, topk, has_cls):
-    """Tokens of one mixture (class token first, if there is one), and each layer's list of accuracies."""
-    m, w = method.model, under(weights, "encoder")
+def slow_encode(method, weights, views, row, kinds, topk, has_segments=True):
+    """Tokens of one mixture (its class tokens first), how many class tokens there are, and what each layer has seen."""
+    m, w, cls_mode = method.model, under(weights, "encoder"), method.config.cls_mode
+    segments = weights["segments.weight"] if has_segments and "segments.weight" in weights else None
     embedded = [linear(w, "patch_embed", patch_rows(view, m.patch_size)) for view in views]
     table = position_table(embedded[0].shape[1], m.grid, "column")
-    tokens = [w["cls_token"][0, 0] + table[0]] if has_cls else []
-    for position, member in enumerate(row):
-        token = embedded[member][position] + table[1 + position]
-        tokens.append(token + weights["segments.weight"][member] if "segments.weight" in weights else token)
-    x, accuracies = torch.stack(tokens), []
+    shown = {"shared": [None], "per_image": list(range(len(views))), "none": []}[cls_mode]
+    owners = [(image, False) for image in shown] + [(member, True) for member in row]
+    tokens = [w["cls_token"][0, 0] + table[0] for _ in shown]
+    tokens += [embedded[member][position] + table[1 + position] for position, member in enumerate(row)]
+    if segments is not None:
+        tokens = [t if image is None else t + segments[image] for t, (image, _) in zip(tokens, owners)]
+    x, layers = torch.stack(tokens), []
     for i, kind in enumerate(kinds):
-        accuracies.append([])
-        x = mixed_block(under(w, f"blocks.{i}"), x, SMALL[2], row, kind, topk, has_cls, accuracies[-1])
-    return layer_norm(w, "norm", x), accuracies
+        layers.append({"right": [], "own": []})
+        x = mixed_block(under(w, f"blocks.{i}"), x, SMALL[2], owners, kind, topk, layers[-1])
+    return layer_norm(w, "norm", x), len(shown), layers
 
 
-def slow_decode(method, weights, latent, row, member, has_cls):
+def slow_decode(method, weights, latent, row, member):
     """(L, values) of one image from the tokens of its mixture."""
     w = under(weights, "decoder")
     embedded = linear(w, "embed", latent)
     table = position_table(embedded.shape[1], method.model.grid, "column")
-    tokens = [embedded[0] + table[0]] if has_cls else []
+    classes = len(latent) - len(row)
+    tokens = [embedded[member if classes > 1 else 0] + table[0]] if classes else []
     first = len(tokens)
     for position, owner in enumerate(row):
-        token = embedded[first + position] if owner == member else w["mask_token"][0, 0]
+        token = embedded[classes + position] if owner == member else w["mask_token"][0, 0]
         tokens.append(token + table[1 + position])
     x = torch.stack(tokens)
     for i in range(count_blocks(w)):
@@ -158,7 +182,7 @@ def slow_contrast(features, row, temperature):
 
 
 def slow_terms(method, weights, batch, rng):
-    """(pixel loss, contrastive loss without its weight, accuracy per layer) from the options alone."""
+    """(pixel loss, contrastive loss without its weight, measures) from the options alone."""
     c, m = method.config, method.model
     patches, members, depth = m.num_patches, c.members, SMALL[1]
     topk = patches // members if c.topk is None else c.topk
@@ -166,20 +190,22 @@ def slow_terms(method, weights, batch, rng):
     kinds = [c.homologous if i >= first else "none" for i in range(depth)]
     flips = draw_flips(rng, batch.ids)
     views = [cut_view(x, m.image_size, 0, 0, f, m.mean, m.std) for x, f in zip(batch.crops[0], flips)]
-    has_cls = c.cls_mode == "shared"
-    pixels, contrasts, accuracies = [], [], [[] for _ in range(depth)]
+    pixels, contrasts, seen = [], [], {}
     for turn in range(members if c.mode == "full" else 1):
         preds, hidden, contrast, count = [], [], 0, 0
         for g, drawn in enumerate(draw_sources(rng, batch.ids, patches, members)):
             row = [(member + turn) % members for member in drawn]
             own = views[g * members : (g + 1) * members]
-            latent, layers = slow_encode(method, weights, own, row, kinds, topk, has_cls)
-            for found, more in zip(accuracies, layers):
-                found += more
+            latent, classes, layers = slow_encode(method, weights, own, row, kinds, topk)
+            _, _, unaided = slow_encode(method, weights, own, row, kinds, topk, has_segments=False)
+            for i in range(depth):
+                seen.setdefault(f"topk_accuracy/{i:02d}", []).extend(layers[i]["right"])
+                seen.setdefault(f"own_attention/{i:02d}", []).extend(layers[i]["own"])
+                seen.setdefault(f"topk_accuracy_without_segments/{i:02d}", []).extend(unaided[i]["right"])
             for member in range(members):
-                preds.append(slow_decode(method, weights, latent, row, member, has_cls))
+                preds.append(slow_decode(method, weights, latent, row, member))
                 hidden.append([p for p in range(patches) if row[p] != member])
-            features = latent[1:] if has_cls else latent
+            features = latent[classes:]
             if c.projection == "mlp" and "projector.0.weight" in weights:
                 x = linear(weights, "projector.0", features)
                 features = linear(weights, "projector.2", 0.5 * x * (1 + torch.erf(x / math.sqrt(2))))
@@ -187,5 +213,12 @@ def slow_terms(method, weights, batch, rng):
             count += patches
         pixels.append(pixel_loss(preds, views, hidden, m.patch_size, c.norm_pix))
         contrasts.append(contrast / count)
-    used = {i: sum(a) / len(a) for i, a in enumerate(accuracies) if kinds[i] == "topk"}
-    return sum(pixels) / len(pixels), sum(contrasts) / len(contrasts), used
+    wanted = {f"topk_accuracy/{i:02d}" for i in range(depth) if kinds[i] == "topk"}
+    if c.diagnostics:
+        wanted |= {f"own_attention/{i:02d}" for i in range(depth)}
+        if c.use_segments:
+            wanted |= {
+                name.replace("accuracy/", "accuracy_without_segments/") for name in wanted if "accuracy/" in name
+            }
+    measures = {name: sum(seen[name]) / len(seen[name]) for name in wanted}
+    return sum(pixels) / len(pixels), sum(contrasts) / len(contrasts), measures

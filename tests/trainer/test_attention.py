@@ -93,7 +93,7 @@ def faked(monkeypatch) -> list[str]:
         raise RuntimeError("No available kernel. Aborting execution.")
 
     found = {
-        "torch": Candidate(waiting(0.004, called, "torch"), ("meta",)),
+        "torch": Candidate(waiting(0.02, called, "torch"), ("meta",)),
         "fast": Candidate(waiting(0.0, called, "fast"), ("meta",)),
         "refusing": Candidate(refuse, ("meta",)),
         "elsewhere": Candidate(waiting(0.0, called, "elsewhere"), ("cuda",)),

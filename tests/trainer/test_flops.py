@@ -182,9 +182,16 @@ CASES = {
     "mixedae": ("mixedae", dict(members=2, decoder_width=64, decoder_heads=4), [(predict(61 - 30, 64), 3)]),
     "mixedae-full": ("mixedae", dict(members=2, mode="full", decoder_width=64, decoder_heads=4, contrast_weight=0.0),
                      [(2 * predict(61 - 30, 64), 3)]),
+    # A class token for each of two images; a decoder gets one of them.
+    "mixedae-class-per-image": (
+        "mixedae", dict(members=2, cls_mode="per_image", homologous="oracle", decoder_width=64, decoder_heads=4),
+        [(predict(61 - 30, 64), 3)]),
     # Two views of 15 visible patches, through the encoder and the target encoder; InfoNCE in both directions.
     "icmae": ("icmae", dict(head_hidden=96, head_out=32, decoder_heads=4),
               [(2 * embed(45), 2), (2 * embed(45), 1), (2 * predict(61 - 45, 128), 3), (-2 * 2 * BATCH * 32, 2)]),
+    # One through the encoder, the other through the target encoder; one direction.
+    "icmae-key": ("icmae", dict(second_view="key", head_hidden=96, head_out=32, decoder_heads=4),
+                  [(embed(45), 2), (embed(45), 1), (predict(61 - 45, 128), 3), (-2 * BATCH * 32, 2)]),
 }  # fmt: skip
 
 

@@ -20,6 +20,8 @@ CORE = {
     "config",
     "contrast",
     "heads",
+    "heat",
+    "homologous",
     "conv",
     "tokenizer",
     "attention",

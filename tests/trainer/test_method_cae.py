@@ -65,6 +65,23 @@ def test_cae_with_another_decoder_width_projects_both_branches(small):
     assert_same_gradients(method, weights)
 
 
+@pytest.mark.parametrize("target", ["pixel", "tokens"])
+def test_cae_with_random_masks_and_plain_pixels_equals_the_slow_recomputation(small, target):
+    tokenizer = Brightness() if target == "tokens" else None
+    method = build(mask="random", norm_pix=False, tokenizer=tokenizer)
+    batch, rng = make_batch(method), make_rng()
+    tokens = None if tokenizer is None else tokens_of(tokenizer, batch, rng)
+    output, weights = method(batch, rng), doubles(method)
+    case = dict(min_block=None, masked=12, normalize=False)
+    decoded, align, _ = slow_terms(method, weights, batch, rng, tokens=tokens, **case)
+    assert output.parts["align"].item() == pytest.approx(align.item(), rel=1e-5)
+    assert output.loss.item() == pytest.approx((decoded + align).item(), rel=1e-5)
+    assert output.loss.item() != pytest.approx(build(tokenizer=tokenizer)(batch, rng).loss.item(), rel=1e-3)
+    output.loss.backward()
+    (decoded + align).backward()
+    assert_same_gradients(method, weights)
+
+
 def test_cae_without_stochastic_depth_equals_the_slow_recomputation(small):
     method = build(drop_path=0.0)
     batch, rng = make_batch(method), make_rng()

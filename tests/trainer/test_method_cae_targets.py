@@ -31,6 +31,19 @@ def test_cae_masks_98_of_196_patches_in_blocks(small):
     assert share[6:8, 6:8].mean().item() == pytest.approx(0.86, abs=0.07)
 
 
+def test_cae_random_masks_hide_98_of_196_patches_everywhere_alike(small):
+    method = build((224, 224, 16, 3), mask="random")
+    ids, rng = torch.arange(600), make_rng()
+    plan = method.mask(rng, ids)
+    assert plan.ids_keep.shape == plan.ids_masked.shape == (600, 98)
+    assert torch.equal(plan.mask.sum(1), torch.full((600,), 98.0))
+    # Binomial: sqrt(.25 / 600) = .0204; five of them.
+    assert (plan.mask.mean(0) - 0.5).abs().max() < 0.1
+    # As many as in blocks where the ratio does not divide the patches.
+    few = build((224, 224, 16, 3), mask="random", mask_ratio=0.38).mask(rng, ids)
+    assert few.ids_masked.shape == (600, 75)
+
+
 @pytest.mark.parametrize(
     "shape, ratio, masked, min_block",
     [((224, 224, 16, 3), 0.38, 75, 16), ((48, 48, 12, 3), 0.5, 8, 1), ((64, 96, 16, 3), 0.5, 12, 2),

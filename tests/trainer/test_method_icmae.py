@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from fastmim_pipelines.spec import CropSpec
+from fastmim_pipelines.spec import Batch, CropSpec
 from icmae_case import MODES, NO_COLOR, SHAPES, TERMS, assert_same_parts, build, make_batch
 from slow_icmae import draw_flips, slow_masks, slow_parts
 from slow_reference import assert_same_gradients, cut_view, doubles, make_rng, model_spec
 
 from fastmim.config import SIZES, ModelSpec, Size
+from fastmim.contrast import join
 from fastmim.methods import icmae
 
 
@@ -71,7 +72,7 @@ def test_icmae_second_view_s_jittered_pixels_are_its_target(small, spied_views):
         assert not torch.equal(output.parts[name], uncolored.parts[name])
 
 
-@pytest.mark.parametrize("mode", ["default", "sd_dec", "pos_drop", "sd_mse"])
+@pytest.mark.parametrize("mode", ["default", "sd_dec", "pos_drop", "sd_mse", "second_key"])
 def test_icmae_losses_in_bf16_are_near(small, mode):
     method = build(color=NO_COLOR, **MODES[mode])
     batch, rng = make_batch(method), make_rng()
@@ -79,8 +80,9 @@ def test_icmae_losses_in_bf16_are_near(small, mode):
         output = method(batch, rng)
     assert output.loss.dtype == torch.float32
     slow = slow_parts(method, doubles(method), batch, rng)
-    for name in TERMS:
-        assert output.parts[name].item() == pytest.approx(slow[name].item(), rel=2e-2), name
+    assert set(output.parts) == {name for name in TERMS if name in slow}
+    for name, part in output.parts.items():
+        assert part.item() == pytest.approx(slow[name].item(), rel=2e-2), name
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
@@ -112,6 +114,38 @@ def test_icmae_weights_scale_their_terms(small, options, name, factor):
     one, other = plain(batch, rng), weighted(batch, rng)
     assert other.parts[name].item() == pytest.approx(factor * one.parts[name].item(), rel=1e-6)
     assert other.loss.item() == pytest.approx(sum(v.item() for v in other.parts.values()), rel=1e-6)
+
+
+def test_icmae_second_view_as_key_reaches_the_contrast_alone(small):
+    """Other pixels there change the keys, and nothing else."""
+    method = build(second_view="key", color=NO_COLOR)
+    batch, rng = make_batch(method), make_rng()
+    one, other = method(batch, rng), method(Batch((batch.crops[0], 255 - batch.crops[1]), batch.ids), rng)
+    assert list(one.parts) == ["pixel_a", "position", "contrast"]
+    assert [torch.equal(one.parts[name], other.parts[name]) for name in one.parts] == [True, True, False]
+    plain = build(second_view="key", contrast="none", color=NO_COLOR)
+    alone = plain(Batch(batch.crops[:1], batch.ids), rng)
+    assert alone.parts.keys() == {"pixel_a", "position"} and torch.equal(alone.parts["pixel_a"], one.parts["pixel_a"])
+
+
+def test_icmae_second_view_as_key_of_micro_batches_equals_one_batch(small):
+    method = build(second_view="key")
+    batch, rng = make_batch(method, 6), make_rng()
+    whole = method(batch, rng)
+    whole.loss.backward()
+    expected = {n: p.grad for n, p in method.named_parameters() if p.grad is not None}
+    method.zero_grad()
+    halves = [Batch(tuple(crops), ids) for *crops, ids in zip(*(x.split(3) for x in (*batch.crops, batch.ids)))]
+    with torch.no_grad():
+        rests = join([method.represent(half, rng) for half in halves])
+    outputs = [method(half, rng, rest) for half, rest in zip(halves, rests, strict=True)]
+    for output in outputs:
+        (output.loss / 2).backward()
+        assert output.parts["contrast"].item() == pytest.approx(whole.parts["contrast"].item(), rel=2e-6)
+    assert sum(o.loss.item() for o in outputs) / 2 == pytest.approx(whole.loss.item(), rel=2e-6)
+    for name, gradient in expected.items():
+        error = (method.get_parameter(name).grad - gradient).norm()
+        assert error <= 1e-3 * gradient.norm() + 1e-6, name
 
 
 # ---- values at the start, and what the position gives away
@@ -184,6 +218,8 @@ def test_icmae_asks_for_two_crops_of_their_own_with_boxes():
     assert method.crops[0].alpha == 0.6 and method.box_updates == (0.5,) and method.first_box is None
     method = crops(crop="sim_center")
     assert method.crops == tuple(expected) and method.box_updates == () and method.first_box == (0.25, 0.25, 0.75, 0.75)
+    assert crops(second_view="key").crops == tuple(expected)
+    assert crops(second_view="key", contrast="none").crops == tuple(expected[:1])
     method = crops(crop="random")
     assert [c.uses_boxes for c in method.crops] == [False, False] and method.box_updates == ()
     assert method.first_box is None and [c.view for c in method.crops] == [0, 1]

@@ -35,6 +35,7 @@ def test_icmae_gradients_reach_what_they_should(small):
     assert reached(build(contrast="sd_dec")) == tasks | {"class_blocks", "projector", "predictor"}
     assert reached(build(position="none", contrast="none")) == {"encoder", "decoder"}
     assert reached(build(pos_drop=0.5)) == tasks | {"projector", "predictor", "position_drop"}
+    assert reached(build(second_view="key")) == tasks | {"projector", "predictor"}
 
 
 @pytest.mark.parametrize("contrast", ["enc_cls", "sd_dec"])
@@ -171,9 +172,10 @@ def test_normalized_head_equals_torch_s_layers(widths):
 # ---- heat maps
 
 
+@pytest.mark.parametrize("heat", ["attn", "feat", "sim"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_icmae_heat_map_is_the_class_token_s_last_attention(small, shape):
-    method = build(shape)
+def test_icmae_heat_map_is_the_chosen_one_of_the_last_block(small, shape, heat):
+    method = build(shape, heat=heat)
     images = make_batch(method, 3).crops[0]
     with torch.no_grad():
         heat = method.heat_map(images)
@@ -182,8 +184,9 @@ def test_icmae_heat_map_is_the_class_token_s_last_attention(small, shape):
     assert heat.shape == (3, *method.model.grid) and low.dtype == torch.float32
     for ours, lower, image in zip(heat, low, images):
         slow = slow_heat(method, image)
-        torch.testing.assert_close(ours.double(), slow.detach(), rtol=1e-4, atol=1e-7)
-        torch.testing.assert_close(lower.double(), slow.detach(), rtol=5e-2, atol=1e-4)
+        torch.testing.assert_close(ours.double(), slow.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(lower.double(), slow.detach(), rtol=5e-2, atol=1e-2 if heat == "sim" else 1e-4)
+    assert not method.encoder.norm._forward_hooks, "what was looked at leaves nothing behind"
 
 
 def test_methods_with_box_updates_must_have_heat_maps(small):
@@ -234,6 +237,7 @@ def test_icmae_export_loads_into_the_plain_encoder(small):
     "options, message",
     [
         (dict(contrast="sd_dec", shape=SHAPES[1]), "sd_dec: expected patches of as many values .* 48, got 20"),
+        (dict(contrast="sd_dec", second_view="key"), "second-view key: expected --icmae.contrast enc_cls or none"),
         (dict(mask_share="complement", mask_ratio=0.4), "at most half of the 24 patches to be visible, got 14"),
         (dict(pos_drop=1.5), "pos-drop: expected a number in 0 .. 1, got 1.5"),
         (dict(pos_drop=0.5, position="none"), "pos-drop: expected 0 where no position is predicted, got 0.5"),
@@ -296,7 +300,8 @@ def test_icmae_paper_preset_is_the_recipe_for_tiny_imagenet():
     defaults = dict(
         mask_ratio=0.75, mask_share="same", decoder_width=128, decoder_depth=1, decoder_heads=16, norm_pix=False,
         position="ce", pos_drop=0.0, contrast="enc_cls", contrast_weight=0.1, freeze_patch_embed=False, crop_alpha=0.1,
-        crop_scale=(0.2, 1.0), box_updates=(0.2, 0.4, 0.6, 0.8),
+        crop_scale=(0.2, 1.0), box_updates=(0.2, 0.4, 0.6, 0.8), crop="contrastive", first_crop="sim_center", heat="attn",
+        second_view="full",
     )  # fmt: skip
     assert {name: getattr(preset.options, name) for name in defaults} == defaults
     color = dict(

@@ -23,13 +23,14 @@ from slow_reference import (
 )
 
 from fastmim.config import SIZES, Size
+from fastmim.homologous import own_share
 from fastmim.methods import mixedae
 
 
 def assert_equals_slow(method, batch, rng):
     output = method(batch, rng)
     weights = doubles(method)
-    pixel, contrast, accuracies = slow_terms(method, weights, batch, rng)
+    pixel, contrast, measures = slow_terms(method, weights, batch, rng)
     weight = method.config.contrast_weight
     slow = pixel + weight * contrast
     assert output.loss.item() == pytest.approx(slow.item(), rel=1e-5)
@@ -37,9 +38,7 @@ def assert_equals_slow(method, batch, rng):
     assert set(output.parts) == ({"pixel", "contrast"} if weight else {"pixel"})
     if weight:
         assert output.parts["contrast"].item() == pytest.approx(weight * contrast.item(), rel=1e-5)
-    assert set(output.measures) == {f"topk_accuracy/{i:02d}" for i in accuracies}
-    for i, accuracy in accuracies.items():
-        assert output.measures[f"topk_accuracy/{i:02d}"].item() == pytest.approx(accuracy, rel=1e-5)
+    assert {name: value.item() for name, value in output.measures.items()} == pytest.approx(measures, rel=1e-5)
     assert not any(t.requires_grad for t in [*output.parts.values(), *output.measures.values()])
     output.loss.backward()
     slow.backward()
@@ -150,11 +149,79 @@ def test_mixedae_oracle_is_mae_s_encoder_on_each_image(small, members, dtype, to
         torch.testing.assert_close(itself[0, 1:], latent[i // members, own], rtol=0, atol=tolerance)
 
 
-def test_mixedae_images_meet_nowhere_with_oracle_and_no_class_token(small):
+@pytest.mark.parametrize("members", [4, 5])
+def test_mixedae_oracle_with_class_tokens_of_single_images_is_mae_s_encoder_with_its_own(small, members):
+    """Without segments: class token and visible patches of each image, as MAE's encoder gives them."""
+    method = build(members=members, homologous="oracle", cls_mode="per_image", use_segments=False).double()
+    batch, rng = groups_of(method), make_rng()
+    src = method._sources(batch.ids, rng)
+    patches = method.pixels.patches(batch.crops[0], None).double()
+    mixed = patches.view(2, members, 24, -1)[torch.arange(2)[:, None], src, torch.arange(24)]
+    classes = torch.zeros(members, SMALL[0], dtype=torch.float64)
+    latent = method.encoder(mixed, classes=classes, attend=method._attends(src, []))
+    assert latent.shape == (2, members + 24, SMALL[0])
+    for i, image in enumerate(patches):
+        group, member = divmod(i, members)
+        own = [p for p in range(24) if src[group, p] == member]
+        alone = method.encoder(image[own][None], torch.tensor([own]))[0]
+        torch.testing.assert_close(latent[group, [member, *(members + p for p in own)]], alone, rtol=0, atol=1e-12)
+
+
+def test_mixedae_class_tokens_of_single_images_carry_their_segments(small):
+    method = build(cls_mode="per_image")
+    batch, rng = groups_of(method), make_rng()
+    given = []
+    real = method.encoder.forward
+    method.encoder.forward = lambda *a, **kw: given.append(kw["classes"]) or real(*a, **kw)
+    method(batch, rng)
+    assert torch.equal(given[0], method.segments.weight)
+
+
+def test_mixedae_decoders_get_the_class_token_of_their_own_image(small):
+    """Another value in one class token's place changes the prediction of one image, in every group."""
+    method = build(cls_mode="per_image")
+    src = method._sources(groups_of(method).ids, make_rng())
+    latent = torch.randn(2, 4 + 24, SMALL[0])
+    before = method.decoder(latent, src).view(2, 4, 24, -1)
+    latent[:, 2] = torch.randn(SMALL[0])
+    after = method.decoder(latent, src).view(2, 4, 24, -1)
+    assert [torch.equal(before[:, j], after[:, j]) for j in range(4)] == [True, True, False, True]
+
+
+def test_attention_within_images_of_many_images_equals_loops():
+    """20 images, heads of 8 channels: their marks need three calls. Three prefix tokens are left out of the account."""
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 2, 3, 43, 8, generator=g).unbind(0)
+    src = torch.stack([torch.randperm(40, generator=g) % 20 for _ in range(2)])
+    shares = []
+    for b in range(2):
+        for h in range(3):
+            weights = torch.exp(q[b, h].double() @ k[b, h].double().T / math.sqrt(8))[3:, 3:]
+            for i, row in enumerate(weights):
+                shares.append(float(row[src[b] == src[b, i]].sum() / row.sum()))
+    found = own_share(mixedae.attention, q, k, src, 20, 3)
+    assert found.item() == pytest.approx(sum(shares) / len(shares), rel=1e-5)
+
+
+def test_mixedae_diagnostics_change_nothing_else(small):
+    for name in ("class_per_image", "unequal_class_per_image", "diagnostics_full"):
+        options = GRID[name] | dict(diagnostics=False)
+        watched, plain = build(**GRID[name]), build(**options)
+        batch, rng = groups_of(plain), make_rng()
+        one, other = watched(batch, rng), plain(batch, rng)
+        assert torch.equal(one.loss, other.loss) and other.measures.items() <= one.measures.items()
+        one.loss.backward()
+        other.loss.backward()
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(watched.parameters(), plain.parameters(), strict=True))
+
+
+def test_mixedae_images_meet_nowhere_with_oracle_and_no_shared_class_token(small):
     """Other images of the mixture may change as they like; with a shared class token or top-K they do not stay out."""
     for options, is_apart in (
         (dict(homologous="oracle", cls_mode="none"), True),
+        (dict(homologous="oracle", cls_mode="per_image"), True),
         (dict(homologous="oracle"), False),
+        (dict(cls_mode="per_image"), False),
         (dict(cls_mode="none"), False),
     ):
         method = build(**options)
@@ -235,7 +302,9 @@ def test_mixedae_zero_prediction_costs_v_minus_1_over_v(small):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, dict(mode="full"), dict(homologous="oracle")], ids=["compose", "full", "oracle"]
+    "options",
+    [{}, dict(mode="full"), dict(homologous="oracle"), dict(cls_mode="per_image")],
+    ids=["compose", "full", "oracle", "class_per_image"],
 )
 def test_mixedae_in_bfloat16_is_within_2_percent(small, options):
     method = build(**options)

@@ -26,7 +26,11 @@ def test_mixedae_repeats_bit_for_bit_and_changes_with_step_seed_and_ids(small):
         assert not torch.equal(method._sources(other.ids, at), sources)
 
 
-@pytest.mark.parametrize("options", [{}, dict(mode="full", members=3)], ids=["compose", "full"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(mode="full", members=3), dict(cls_mode="per_image")],
+    ids=["compose", "full", "class_per_image"],
+)
 def test_mixedae_ranks_and_micro_batches_of_whole_groups_average_to_the_full_batch(small, options):
     method = build(**options)
     assert_parts_average(method, groups_of(method, 3), make_rng(), method.config.members)
@@ -46,7 +50,10 @@ class NoHostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["all", "full", "oracle_no_class_token", "unequal_shares_full", "mlp"])
+@pytest.mark.parametrize(
+    "name",
+    ["all", "full", "oracle_no_class_token", "unequal_shares_full", "mlp", "class_per_image", "diagnostics_oracle"],
+)
 def test_mixedae_reads_nothing_back_from_the_device(small, monkeypatch, name):
     # On CPUs, where a look costs nothing, kernels check the values of their arguments, and native ones take numbers.
     monkeypatch.setenv("FASTMIM_KERNELS", "reference")
@@ -77,7 +84,8 @@ def test_mixedae_learns_32_images_and_to_recognize_patches_of_one(monkeypatch):
 # ---- pictures
 
 
-@pytest.mark.parametrize("options", [dict(members=2), dict(members=5, mode="full"), dict(cls_mode="none")], ids=str)
+@pytest.mark.parametrize("options", [dict(members=2), dict(members=5, mode="full"), dict(cls_mode="none"),
+                                     dict(cls_mode="per_image")], ids=str)  # fmt: skip
 def test_mixedae_pictures_show_view_own_patches_and_prediction(small, options):
     method = build(norm_pix=False, **options)
     members = method.config.members
@@ -86,7 +94,7 @@ def test_mixedae_pictures_show_view_own_patches_and_prediction(small, options):
     src = method._sources(batch.ids, rng)
     latent, _ = method._encode(batch.crops[0], src)
     m = method.model
-    pred = method.decoder(latent[:, 1 - method.num_prefix :], src).double()
+    pred = method.decoder(latent[:, 1 if options.get("cls_mode") == "none" else 0 :], src).double()
     mean, std = (torch.tensor(v, dtype=torch.float64).repeat(16) for v in (m.mean, m.std))
     for i in range(2 * members):
         view = cut_view(batch.crops[0][i], m.image_size, 0, 0, False, (0,) * 3, (1,) * 3)
@@ -170,6 +178,10 @@ def test_mixedae_export_is_the_plain_encoder(small):
         (dict(homo_layers=0), r"--mixedae.homo-layers"),
         (dict(contrast_weight=-0.1), r"--mixedae.contrast-weight"),
         (dict(temperature=0.0), r"--mixedae.temperature"),
+        (
+            dict(cls_mode="per_image", use_segments=False),
+            r"--mixedae.cls-mode per_image: expected --mixedae.use-segments",
+        ),
     ],
     ids=str,
 )
@@ -206,7 +218,7 @@ def test_mixedae_paper_preset_is_mae_s_recipe_with_1024_images():
     assert config.peak_lr == pytest.approx(6e-4, rel=1e-12)
     options = dict(
         members=4, mode="compose", homologous="topk", topk=None, homo_layers="all", cls_mode="shared",
-        use_segments=True, contrast_weight=0.1, temperature=0.25, projection="none", norm_pix=True,
+        use_segments=True, contrast_weight=0.1, temperature=0.25, projection="none", norm_pix=True, diagnostics=False,
         crop_scale=(0.2, 1.0), decoder_width=512, decoder_depth=8, decoder_heads=16,
     )  # fmt: skip
     assert dataclasses.asdict(preset.options) == options

@@ -1,12 +1,16 @@
 """Options that no method can work with are refused when it is built, by one line that names them."""
 
 import dataclasses
+import re
+import types
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
 
 from fastmim.config import ConfigError, TrainConfig
-from fastmim.methods.base import build, find
+from fastmim.methods.base import available, build, find
 from fastmim.views import ColorConfig
 
 MODEL = TrainConfig(model="vit_pico", image_size=32, patch_size=8).model_spec()
@@ -42,3 +46,28 @@ def test_an_option_out_of_range_is_named(method, options, message):
     with torch.device("meta"), pytest.raises(ConfigError, match=message) as caught:
         build(method, MODEL, config, 0)
     assert "\n" not in str(caught.value)
+
+
+# ---- docs/methods.md says of every option what it rests on
+
+
+def choices(hint) -> set[str]:
+    """The words that an option of this type takes."""
+    if get_origin(hint) is Literal:
+        return set(get_args(hint))
+    return set().union(*map(choices, get_args(hint))) if get_origin(hint) in (Union, types.UnionType) else set()
+
+
+@pytest.mark.parametrize("method", available())
+def test_every_option_and_every_choice_is_documented(method):
+    text = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    (section,) = re.findall(rf"^## `{method}`.*?(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    named = {word for quoted in re.findall(r"`([^`]+)`", section) for word in re.split(r"[ .]", quoted)}
+    hints = get_type_hints(find(method).Config)
+    assert set(hints) <= named
+    missing = {f"{name} {choice}" for name, hint in hints.items() for choice in choices(hint) - named}
+    assert not missing
+    # Nor does the page know options that there are not.
+    known = {name.removeprefix("no-") for name in hints}
+    flags = set(re.findall(rf"--{method}\.([\w-]+)", text))
+    assert {flag.removeprefix("no-").replace("-", "_") for flag in flags} <= known
