@@ -252,7 +252,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--val-data", type=Path, help="validation images; default: val/ beside train/ in --data")
     parser.add_argument("--methods", nargs="+", help="default: all there are")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=float, default=60.0, help="passes over the data, for every method")
+    # The length of the demo presets.
+    length.add_argument("--epochs", type=float, default=50.0, help="passes over the data, for every method")
     length.add_argument("--minutes-per-method", type=float, help="instead: epochs from a short trial of each method")
     parser.add_argument("--model", default="vit_pico")
     parser.add_argument("--image-size", nargs="+", type=int, default=[48])
