@@ -87,6 +87,14 @@ def topk_attention(q, k, v, topk, *, num_prefix=1, scale=None, labels=None):
     return scores.masked_fill(dropped, -torch.inf).softmax(-1) @ v
 
 
+def linear(x, weight, bias=None):
+    return F.linear(x, weight, bias)
+
+
+def gelu_linear(x, weight, bias=None):
+    return F.linear(F.gelu(x), weight, bias)
+
+
 def bias_gelu(x, bias=None):
     return F.gelu(x if bias is None else x + bias.to(x.dtype))
 

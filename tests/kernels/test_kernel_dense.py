@@ -30,7 +30,7 @@ def gradients(function, x, weight, bias, grad):
 
 
 def error(ours, exact):
-    return float((ours.double() - exact).norm() / exact.norm())
+    return float((ours.detach().double() - exact).norm() / exact.norm())
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -176,3 +176,26 @@ def test_behind_gelu_keeps_its_input_alone(backend):
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         gelu_linear(x.requires_grad_(), weight.requires_grad_(), bias)
     assert sorted(kept) == sorted([x.shape, weight.shape])
+
+
+def test_gelu_of_every_bfloat16_and_its_slope_are_rounded_once(backend):
+    if backend == "reference":
+        pytest.skip("torch's tails are zero, and half of its largest numbers overflow")
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = x[x.isfinite()].requires_grad_()
+    got = bias_gelu(x)
+    got.sum().backward()
+    exact = x.detach().double()
+    below, density = torch.special.erfc(-exact * 0.5**0.5) / 2, (-(exact**2) / 2).exp() / (2 * torch.pi) ** 0.5
+    for ours, expected in ((got.detach(), exact * below), (x.grad, below + exact * density)):
+        # Half a unit in the last place, and 2 % of that; below 1e-30 zero will do.
+        assert (ours.double() - expected).abs().le(1.02 * 2.0**-8 * expected.abs() + 1e-30).all()
+
+
+def test_gelu_of_what_is_no_number(backend):
+    x = torch.tensor([torch.nan, torch.inf], dtype=torch.bfloat16, requires_grad=True)
+    out = bias_gelu(x)
+    assert out[0].isnan()
+    assert backend == "reference" or out[1] == torch.inf, "torch gives what is no number"
+    out.sum().backward()
+    assert x.grad[0].isnan()
