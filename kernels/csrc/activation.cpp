@@ -1,13 +1,9 @@
 // GELU of bfloat16, and its gradient, on 512-bit vectors; where the compiler's target has none, the functions say so and
 // Python takes the reference.
-#include "kernel.h"
+#include "functions.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define FASTMIM_HAS_AVX512 1
-// GCC 12 takes its own headers' deliberately undefined vectors for mistakes (its bug 105593).
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
 #endif
 
 namespace fastmim {
@@ -34,20 +30,6 @@ inline void store(__m512 x, __mmask16 mask, bfloat16* out) {
   const __m256i half = _mm512_cvtepi32_epi16(kept);
 #endif
   _mm256_mask_storeu_epi16(out, mask, half);
-}
-
-// 2^x for x <= 0, relative error below 3e-6.
-inline __m512 exp2(__m512 x) {
-  // In this order a NaN stays one: of a NaN and a number the instruction gives the second.
-  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 y = _mm512_set1_ps(9.61812911e-3f);
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55041087e-2f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40226507e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93147181e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(y, whole);
 }
 
 struct Normal {

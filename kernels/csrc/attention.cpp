@@ -4,6 +4,7 @@
 // One (image, head) at a time: its rows are copied into padded tables that the tiles can load, so neither the caller nor
 // the kernel ever writes a permuted copy of the batch. Queries come in blocks of rows; a block's scores live in the cache.
 // The backward pass computes the probabilities again from the saved logarithm of their sum.
+#include "functions.h"
 #include "selection.h"
 #include "tiles.h"
 
@@ -39,21 +40,6 @@ void write_transposed(const float* x, int64_t padded_rows, int64_t rows, int64_t
       }
     }
   }
-}
-
-// 2^x for x <= 0, to 2 units in the last place: far below what bfloat16 keeps. Minimax polynomial of 2^f on [-0.5, 0.5].
-inline __m512 exp2(__m512 x) {
-  // In this order a NaN stays one: of a NaN and a number the instruction gives the second.
-  x = _mm512_max_ps(_mm512_set1_ps(-150.0f), x);
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 y = _mm512_set1_ps(1.33395865e-3f);
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.61812911e-3f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(5.55041087e-2f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.40226507e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.93147181e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(y, whole);
 }
 
 // log2(x) of positive numbers, by the series of artanh around 1; to 1e-7 of the larger of 1 and the result.

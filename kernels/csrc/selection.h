@@ -4,11 +4,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kernel.h"
-
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "functions.h"
 
 namespace fastmim {
 
