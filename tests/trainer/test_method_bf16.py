@@ -1,4 +1,9 @@
-"""Gradients in bfloat16 against those in float32, whole, for every method."""
+"""Gradients in bfloat16 against those in float32, for every method.
+
+Projection heads have ReLU behind batch norm. Rounding changes a few signs there (0.2 to 0.5 % in these cases), and each turns
+the gradient of a unit on or off: however little is rounded, the distance is about the root of the share of signs that
+changed, 0.05 to 0.15, in plain torch as here. So contrastive methods are compared at the signs of the float32 pass.
+"""
 
 import pytest
 import torch
@@ -9,7 +14,11 @@ from torch import Tensor, nn
 from fastmim.methods import base
 from fastmim.methods.base import Method
 
-STEPS = range(4)
+STEPS = range(3)
+CASES = [
+    ("mae", {}), ("simmim", {}), ("cae", {}), ("mixedae", {}), ("mixedae", dict(cls_mode="per_image")),
+    ("icmae", dict(contrast="none")),
+]  # fmt: skip
 
 
 class Gate(nn.Module):
@@ -51,14 +60,46 @@ def gradients(method: Method, step: int, *, low: bool) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in method.named_parameters() if p.grad is not None}
 
 
-def errors(method: Method, *, same_signs: bool) -> list[float]:
-    """Relative distance of the whole gradient at some steps."""
+def errors(method: Method) -> list[float]:
+    """Relative distance of the whole gradient at some steps, at the same signs."""
     gates, found = give_gates(method), []
     for step in STEPS:
         for gate in gates:
-            gate.signs, gate.is_given = [], False
+            gate.is_given = False
         exact = gradients(method, step, low=False)
         for gate in gates:
-            gate.is_given = same_signs
+            gate.is_given = True
         found.append(distance(gradients(method, step, low=True), exact))
+        assert not any(gate.signs for gate in gates), "both passes have come through all of them"
     return found
+
+
+@pytest.mark.parametrize("name, options", CASES, ids=lambda case: "-".join(case) if isinstance(case, dict) else case)
+def test_gradients_in_bfloat16_are_within_1_percent(small, name, options):
+    """Measured: 0.004 to 0.008."""
+    assert max(errors(build(name, **options))) < 1e-2
+
+
+@pytest.mark.parametrize("name, limit", [("cmae", 0.02), ("icmae", 0.03)])
+def test_gradients_of_contrast_in_bfloat16_are_near_at_the_same_signs(small, name, limit):
+    """Measured: 0.014 and 0.023 in the mean; with heads and pooled features in bfloat16, 0.030 and 0.027."""
+    found = errors(build(name))
+    assert sum(found) / len(found) < limit
+
+
+@pytest.mark.parametrize("name", ["cmae", "icmae"])
+def test_heads_compute_in_float32_under_autocast(small, name):
+    """And what they get of CMAE's pooled features has not been rounded to bfloat16."""
+    method, given = build(name), {}
+    for head in ("projector", "predictor", "target_projector"):
+        for part in getattr(method, head):
+            part.register_forward_hook(
+                lambda part, args, out, head=head: given.setdefault(head, []).append((*args, out))
+            )
+    with torch.autocast("cpu", torch.bfloat16):
+        method(make_batch(method), make_rng())
+    assert {x.dtype for tensors in given.values() for both in tensors for x in both} == {torch.float32}
+    if name == "cmae":
+        for head in ("projector", "target_projector"):
+            x = given[head][0][0]
+            assert not torch.equal(x, x.bfloat16().float())
