@@ -77,12 +77,18 @@ def _comparable(options: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"--{prefix}{field.name}".replace("_", "-"), "a path" if isinstance(value, Path) else to_plain(value)
 
 
-def images(index: ImageIndex | None) -> str:
-    """How many there are, and a checksum of some of their names: one that is missing on a host shifts all that follow."""
+def fingerprint(index: ImageIndex | None) -> list[int] | None:
+    """How many there are, and a checksum of some of their names: one that is missing shifts all that follow."""
     if index is None:
-        return "none"
+        return None
     names = [index.name(i) for i in range(0, len(index), max(1, len(index) // NAMES_COMPARED))]
-    return f"{len(index)} (names {zlib.crc32(chr(0).join(names).encode(errors='surrogateescape')):08x})"
+    return [len(index), zlib.crc32(chr(0).join(names).encode(errors="surrogateescape"))]
+
+
+def images(index: ImageIndex | None) -> str:
+    """Their fingerprint for people."""
+    found = fingerprint(index)
+    return "none" if found is None else f"{found[0]} (names {found[1]:08x})"
 
 
 def judge(texts: list[str]) -> str:

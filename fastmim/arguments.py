@@ -13,6 +13,7 @@ import yaml
 from fastmim.config import ConfigError, TrainConfig, nearest
 from fastmim.methods.base import Preset, find
 from fastmim.run_directory import CONFIG_FILE, newest_run
+from fastmim.usage import parsed
 
 # Inserted by launchers; the rank comes from the environment.
 IGNORED = "--local_rank"
@@ -28,8 +29,8 @@ def parse_train(argv: list[str], shared: Callable[[list[str]], list[str]] = list
         shared: called with the words of the config of the run that is continued, if it is here; gives those of rank 0.
 
     Raises:
-        ConfigError: unknown flag, preset or method, unreadable file.
-        SystemExit: --help, or a value that cannot be parsed (the message is printed).
+        ConfigError: unknown flag, preset or method, unreadable file, a value that cannot be parsed.
+        SystemExit: --help.
     """
     argv = list(_normalized(argv))
     layers = [argv]
@@ -190,11 +191,11 @@ def _parse(flat: list[str], default: TrainConfig, method: str) -> TrainConfig:
         ],
         frozen=True,
     )
-    given = tyro.cli(
+    given = parsed(
         arguments,
-        prog="fastmim train",
+        "fastmim train",
+        flat,
         description=f"{TrainConfig.__doc__} Flags override --config FILE.yaml, which overrides the preset.",
-        args=flat,
         default=arguments(dataclasses.replace(default, options=None), default.options),
     )
     return dataclasses.replace(given.train, options=given.options)

@@ -89,9 +89,9 @@ def _command(name: str) -> Callable[[list[str]], int | None]:
     action = getattr(import_module(f"fastmim.{module}"), function)
     if name in PARSERS:
         return action
-    import tyro
+    from fastmim.usage import call
 
-    return lambda argv: tyro.cli(action, prog=f"fastmim {name}", args=argv)
+    return lambda argv: call(action, f"fastmim {name}", argv)
 
 
 def train(argv: list[str]) -> int:

@@ -206,7 +206,7 @@ class TrainConfig:
     engine: Literal["auto", "single", "ddp", "zero"] = "auto"
     """How processes share the work."""
     zero: Literal[0, 1, 2, 3] | None = None
-    """DeepSpeed ZeRO stage; implies --engine zero."""
+    """DeepSpeed ZeRO stage; implies --engine zero. One process has nothing to shard, and takes stage 0 for 1 to 3."""
     zero_offload: Literal["none", "optimizer", "all"] = "none"
     """What ZeRO keeps in the host's memory: the optimizer's state (--zero 1 to 3), or the parameters as well (--zero 3)."""
     seed: int = 0

@@ -44,6 +44,7 @@ class Observer:
     ):
         self.config, self.method, self.engine = config, method, engine
         self.train, self.val, self.out, self.display = train, val, out, display
+        self._said: set[str] = set()
 
     def periodics(self, trainer: Trainer) -> list[Periodic]:
         """What the trainer shall do beside steps."""
@@ -87,8 +88,13 @@ class Observer:
     def _accuracy(self, features) -> float:
         return measure(
             features, self.train, self.val, self.method.model, self.engine.device, workers=self.config.workers,
-            limit=KNN_LIMIT,
+            limit=KNN_LIMIT, on_bad_image=self.config.on_bad_image, say=self._say_once,
         )  # fmt: skip
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            self.display.say(text)
 
     @torch.no_grad()
     def draw(self, step: int) -> dict[str, float]:
@@ -96,7 +102,10 @@ class Observer:
         index = self.val or self.train
         if index is None:
             return {}
-        images, ids = self._few(index)
+        few = self._few(index)
+        if few is None:
+            return {}
+        images, ids = few
         rng = torch.tensor([self.config.seed, 0], device=self.engine.device)
         with self._evaluating(), self.engine.autocast():
             pictures = self.method.reconstruct(images, ids, rng)
@@ -104,11 +113,14 @@ class Observer:
             write_pictures(pictures, self.out / "reconstructions" / f"step-{step:07d}.png")
         return {}
 
-    def _few(self, index: ImageIndex) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same few images every time, on every rank."""
+    def _few(self, index: ImageIndex) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The same few images every time, on every rank; None if none of them can be read."""
         reader = EvalReader(
             index, self.method.model.image_size, batch_size=PICTURES, in_chans=self.config.in_chans, workers=0,
-            limit=PICTURES,
+            limit=PICTURES, on_bad_image=self.config.on_bad_image,
         )  # fmt: skip
-        images, _, ids = next(iter(reader))
+        batch = next(iter(reader), None)
+        if batch is None:
+            return None
+        images, _, ids = batch
         return images.to(self.engine.device), ids.to(self.engine.device)

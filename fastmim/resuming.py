@@ -22,13 +22,19 @@ def exclusion(path: Path | None) -> str | None:
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
-def check_same_run(folder: Path, meta: dict[str, Any], config: TrainConfig, excluded: str | None) -> None:
+def check_same_run(
+    folder: Path, meta: dict[str, Any], config: TrainConfig, excluded: str | None, images: list[int] | None = None
+) -> str | None:
     """Compares a checkpoint's run with this one.
 
     Args:
         folder, meta: of the checkpoint.
         config: this run's.
         excluded: this run's `exclusion`.
+        images: `agreement.fingerprint` of this run's images.
+
+    Returns:
+        A warning, or None.
 
     Raises:
         ConfigError: they differ in something that must be equal.
@@ -48,3 +54,12 @@ def check_same_run(folder: Path, meta: dict[str, Any], config: TrainConfig, excl
             f"--resume: {folder} was trained with exclude = {theirs}, this run has {ours['exclude']}, which leaves out "
             f"other images; use the same list, or start anew with another --out"
         )
+    then = meta.get("images")  # older checkpoints do not know
+    if then is None or images is None or then == images:
+        return None
+    if then[0] != images[0]:
+        raise ConfigError(
+            f"--resume: {folder} was trained on {then[0]} images, {config.data} has {images[0]}, which would change the order "
+            f"of all of them; use the same images, or start anew with another --out"
+        )
+    return f"{config.data} has as many images as the run began with, under other names: its order stays as it was"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,16 @@ def open_train(config: TrainConfig, say: Callable[[str], None]) -> ImageIndex | 
     kept = without(index, config.exclude)
     say(f"data      {len(index) - len(kept)} of {len(index)} images left out: {config.exclude}")
     return kept
+
+
+def check_outside(out: Path, indices: Iterable[ImageIndex | None]) -> None:
+    """Raises ConfigError if a run's folder lies among images, of which its pictures would be some for the next run."""
+    for index in indices:
+        if index is not None and index.kind == "folder" and out.resolve().is_relative_to(Path(index.root).resolve()):
+            raise ConfigError(
+                f"--out: expected a folder outside of the images in {index.root}, got {out}, whose pictures would be taken "
+                f"for images; name another folder"
+            )
 
 
 def open_val(config: TrainConfig, train: ImageIndex | None) -> ImageIndex | None:

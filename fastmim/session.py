@@ -10,6 +10,7 @@ from fastmim_pipelines.evaluation import EvalReader
 from fastmim_pipelines.spec import Loader
 
 from fastmim import attention, autobatch, compiling, dist, float8
+from fastmim.agreement import fingerprint
 from fastmim.boxes import HeatBoxes
 from fastmim.config import ConfigError, TrainConfig, to_plain
 from fastmim.device import default_precision, memory_bytes, pick_device
@@ -22,8 +23,8 @@ from fastmim.methods import base as methods
 from fastmim.metrics import Display, check_tracker, open_tracker
 from fastmim.observing import Observer
 from fastmim.recompute import set_checkpointing
-from fastmim.run_data import open_loader, open_train, open_val, with_folders
-from fastmim.run_directory import CONFIG_FILE, RunDirectory, default_out
+from fastmim.run_data import check_outside, open_loader, open_train, open_val, with_folders
+from fastmim.run_directory import CONFIG_FILE, RUNS, RunDirectory, new_run
 from fastmim.tokenizer import RecordedTarget, TokenTarget
 from fastmim.tokenizer.recorded import record_tokens
 from fastmim.trainer import Trainer
@@ -151,14 +152,17 @@ class Session:
     def run(self) -> bool:
         """Trains. Returns False if a signal ended it early, with a checkpoint saved."""
         config = self.config
+        check_outside(config.out or RUNS, (self.train_index, self.val_index))
         loader, reason = self.loader()
         self.say(f"loader    {reason}")
         if config.dry_run:
             self._print_plan(loader.steps_per_epoch)
             loader.close()
             return True
-        out = config.out or default_out(config.method)
-        directory = RunDirectory(out, resuming=config.resume is not None) if dist.launched_rank() == 0 else None
+        directory, out = None, config.out or RUNS  # which rank 0 alone looks at
+        if dist.launched_rank() == 0:
+            out = config.out or new_run(config.method)
+            directory = RunDirectory(out, resuming=config.resume is not None)
         if self.choice.engine != "single":
             # The watchdog shall be the first to speak.
             dist.start(self.device, max(600, 2 * config.hang_after))
@@ -176,7 +180,7 @@ class Session:
         boxes = self._boxes(loader, total, display)
         trainer = Trainer(
             config, self.method, self.engine, loader, out, display, boxes=boxes, mfu=self._mfu,
-            graph=config.graph if self.graph.is_used else "off",
+            images=fingerprint(self.train_index), graph=config.graph if self.graph.is_used else "off",
         )  # fmt: skip
         observer = Observer(config, self.method, self.engine, self.train_index, self.val_index, out, display)
         try:

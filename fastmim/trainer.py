@@ -66,6 +66,7 @@ class Trainer:
         track: receives every record that goes to metrics.jsonl.
         boxes: gives the loader its boxes; None: the method's crops use none.
         mfu: share of the devices' peak at a number of images per second; None where it is not known.
+        images: `agreement.fingerprint` of what is trained on.
         graph: "off" takes each step as it comes; "auto" and "on" take it through graph.py, which on a GPU captures it,
             and "on" ends the run where that fails.
     """
@@ -81,6 +82,7 @@ class Trainer:
         track: Callable[[dict], None] = lambda record: None,
         boxes: Boxes | None = None,
         mfu: Callable[[float], float | None] = lambda images_per_s: None,
+        images: list[int] | None = None,
         graph: Literal["off", "auto", "on"] = "off",
     ):
         self.config, self.method, self.engine, self.loader = config, method, engine, loader
@@ -103,7 +105,7 @@ class Trainer:
             at=lambda phase: self.watchdog.at(self.step, phase), add_time=self.pace.add,
         )  # fmt: skip
         self.graph, self.static = graph, None if graph == "off" else StaticStep(self.program)
-        self.excluded = exclusion(config.exclude)
+        self.excluded, self.images = exclusion(config.exclude), images
         self.is_metrics_late = False
 
     def steps_of(self, duration: str | None) -> int:
@@ -127,7 +129,9 @@ class Trainer:
                 else:
                     step = int(wanted) if wanted.isdigit() else None
                     folder, manifest = checkpoint.find(self.checkpoints, step, self.display.say)
-                    check_same_run(folder, manifest["meta"], self.config, self.excluded)
+                    warning = check_same_run(folder, manifest["meta"], self.config, self.excluded, self.images)
+                    if warning:
+                        self.display.say(f"warning   {warning}")
                     found = {"step": manifest["step"], "state": manifest["meta"].get("state", {})}
             except (checkpoint.CheckpointError, ConfigError) as e:
                 error = e
@@ -189,7 +193,7 @@ class Trainer:
     def _meta(self) -> dict:
         return {
             "config": to_plain(self.config), "model": to_plain(self.config.model_spec()), "world": world_size(),
-            "encoder": self.method.encoder.design, "excluded": self.excluded,
+            "encoder": self.method.encoder.design, "excluded": self.excluded, "images": self.images,
         }  # fmt: skip
 
     def _save_boxes(self, folder: Path) -> None:

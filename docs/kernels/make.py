@@ -3,6 +3,7 @@
 Text comes from the docstrings, numbers from bench/results; what neither says stands in NOTES below.
 """
 
+import enum
 import importlib
 import inspect
 import json
@@ -13,13 +14,16 @@ from fastmim_kernels import cases, dispatch
 
 HERE = pathlib.Path(__file__).parent
 RESULTS = HERE.parents[1] / "bench" / "results"
-CASES = "The error of every implementation is held against the reference in float64, on these sizes and more:"
+CASES = (
+    "The largest error of every implementation against the reference in float64, in units of max(1, |result|), gradients "
+    "included, on these sizes and more:"
+)
 
 # Op -> (what is kept in memory, why there is no native or no Triton implementation; "" where there are both).
 NOTES = {
     "activation": (
-        "x for the backward pass; neither x + bias nor its gelu is kept in another dtype.",
-        "No native: torch's GELU is vectorized, and a linear layer on a CPU adds its bias for nothing.",
+        "x. The reference keeps x + bias, in float32 or wider, where there is a bias.",
+        "",
     ),
     "adamw": (
         "Nothing beyond the tensors that are updated: no scaled gradients, no denominators.",
@@ -30,13 +34,16 @@ NOTES = {
         "No native: 64 masks of 14 x 14 take the reference 5 ms, beside seconds for the step that they are for.",
     ),
     "dense": (
-        "x and the weight in the dtype of the product.",
+        "x and the weight in the dtype of the product. The reference of gelu_linear keeps what GELU gives, too.",
         "No Triton: the vendor's product is what runs on a GPU.",
     ),
-    "depthwise": ("x, for the gradient of the weight.", "No Triton: cuDNN's convolution is what runs on a GPU."),
+    "depthwise": (
+        "x, for the gradient of the weight; a float32 map of one image per thread. The reference makes maps of the batch.",
+        "No Triton: cuDNN's convolution is what runs on a GPU.",
+    ),
     "ema": (
-        "Nothing beyond the tensors that are updated.",
-        "No native: torch's multi-tensor lerp runs at the speed of the memory (12 bytes per value).",
+        "Nothing beyond the tensors that are updated; on a CPU one online tensor at a time in the dtype of its target.",
+        "No native: torch's lerp runs at the speed of the memory (12 bytes per value).",
     ),
     "gather": ("ids.", ""),
     "infonce": (
@@ -54,16 +61,17 @@ NOTES = {
         "Features, and three numbers per patch. On a GPU no L x L matrix exists; the reference keeps it.",
         "No native: the products are torch's, and L x L is small (196 x 196 per mixture).",
     ),
-    "patches": ("Nothing: pixels are constants.", ""),
-    "philox": ("Nothing.", ""),
+    "patches": ("Nothing is kept: pixels are constants. Meanwhile, one patch of float32 per thread.", ""),
+    "philox": ("Nothing is kept. Meanwhile the reference holds several int64 tensors of the result's size.", ""),
     "pixel_loss": (
         "pred, and its gradient where the loss made it; no target, no normalized image. With V values per patch, "
         "B x M x V x 4 bytes less than plain torch.",
         "",
     ),
     "qkv": (
-        "The projections, and one number per row of the scores.",
-        "No Triton: torch's attention is what runs on a GPU.",
+        "The projections, and one number per row of the scores. The reference keeps the weights, B x H x N x N values.",
+        "Native: bfloat16, up to 1024 tokens, on a CPU with matrix tiles (AMX). No Triton: torch's attention is what runs on "
+        "a GPU.",
     ),
     "resize": (
         "One copy of the batch at the new width, in the dtype of the images.",
@@ -82,25 +90,30 @@ NOTES = {
 }
 
 
+# Op -> where it does not pay on a CPU.
+SLOW = {
+    "activation": "On a CPU leave a bias to the linear layer before, which adds it for nothing, as `functional.linear_gelu` "
+    "does. With one, torch's own ops add and activate in float32, for one rounding in place of two, which is slower than "
+    "`F.gelu(x + bias)`.",
+    "ema": "On a CPU it is torch's own lerp, and no faster than a loop of `t.mul_(m).add_(o, alpha=1 - m)` from bfloat16.",
+    "infonce": "On a CPU it saves memory more than time: 128 x 4096 takes as long as plain torch.",
+    "resize": "On a CPU it is slower than torch's own antialiased `F.interpolate`, box by box: see above.",
+}
+
+
 def page(op: str) -> str:
     """The text of an op's page."""
     module = importlib.import_module(f"fastmim_kernels.{op}")
     memory, absent = NOTES[op]
     found = [b for b, file in dispatch.FILES.items() if (pathlib.Path(module.__file__).parent / f"{file}.py").exists()]
-    lines = [f"# {op}", "", f"Written by docs/kernels/make.py. {inspect.getdoc(module)}", ""]
+    lines = [f"# {op}", "", inspect.getdoc(module), ""]
     for name in module.__all__:
-        function = getattr(module, name)
-        if inspect.isfunction(function):
-            lines += [
-                f"## {name}",
-                "",
-                "```python",
-                signature(function),
-                "```",
-                "",
-                *body(inspect.getdoc(function)),
-                "",
-            ]
+        public = getattr(module, name)
+        if inspect.isfunction(public):
+            lines += [f"## {name}", "", "```python", signature(public), "```", "", *body(inspect.getdoc(public)), ""]
+        elif issubclass(public, enum.Enum):
+            members = ", ".join(f"`{member.name}` {member.value}" for member in public)
+            lines += [f"## {name}", "", inspect.getdoc(public), "", f"{members}.", ""]
     lines += ["## Implementations", "", f"{', '.join(found)}. {absent}".strip(), ""]
     schemas = [str(getattr(torch.ops.fastmim, n).default._schema) for n in registered(module)]
     if schemas:
@@ -108,8 +121,9 @@ def page(op: str) -> str:
     lines += ["## Memory", "", f"What is kept, or held meanwhile: {memory}", ""]
     small, large = cases.load(op)
     lines += ["## Numerics", "", CASES, "", *(f"- {c.function} {c.name}, {bound(c)}" for c in small), ""]
-    lines += ["## Speed", "", *speed({c.function for c in large})]
+    lines += ["## Speed", "", *([SLOW[op], ""] if op in SLOW else []), *speed({c.function for c in large})]
     lines += compiled(op)
+    lines += ["*Written by docs/kernels/make.py from docstrings and `bench/results`.*"]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -119,22 +133,43 @@ def bound(case: cases.Case) -> str:
 
 
 def signature(function) -> str:
-    return f"{function.__name__}{inspect.signature(function)}".replace("torch.", "")
+    """As one would write it: an argument per line where all do not fit into one."""
+    whole = inspect.signature(function)
+    arguments, is_keyword_only = [], False
+    for parameter in whole.parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY and not is_keyword_only:
+            is_keyword_only = True
+            arguments.append("*")
+        arguments.append(str(parameter))
+    result = inspect.formatannotation(whole.return_annotation)
+    line = f"{function.__name__}({', '.join(arguments)}) -> {result}"
+    if len(line) > 100:
+        line = "\n".join([f"{function.__name__}(", *(f"    {argument}," for argument in arguments), f") -> {result}"])
+    for module in ("collections.abc.", f"{function.__module__}."):
+        line = line.replace(module, "")
+    return line.replace("torch.Tensor", "Tensor")
+
+
+SECTIONS = ("Returns:", "Raises:", "Source:", "Args, Raises:")
 
 
 def body(text: str) -> list[str]:
     """A docstring as Markdown: its sections as paragraphs, arguments as they stand."""
     lines, is_quoted = [], False
     for line in text.splitlines():
-        is_section = line in ("Args:",)
-        if is_section:
+        if line == "Args:":
             lines += ["```", line]
             is_quoted = True
-        elif is_quoted and line and not line.startswith(" "):
-            lines += ["```", "", line]
+            continue
+        if is_quoted and line and not line.startswith(" "):
+            while not lines[-1]:
+                lines.pop()
+            lines += ["```", ""]
             is_quoted = False
-        else:
-            lines.append(line)
+        section = next((s for s in SECTIONS if line.startswith(s)), "")
+        if section and lines and lines[-1]:
+            lines.append("")
+        lines.append(f"**{section}**{line.removeprefix(section)}" if section else line if is_quoted else line.strip())
     return [*lines, "```"] if is_quoted else lines
 
 
@@ -152,15 +187,20 @@ def speed(functions: set[str]) -> list[str]:
     if not rows:
         return ["Not measured yet.", ""]
     columns = [c for c in ("eager", "compile", "reference", "native", "triton") if any(c in row["ms"] for row in rows)]
+    settings = sorted({row["setting"] for row in rows})
     lines = [
-        "Medians in ms, forward and backward where there is one; the setting is that of `bench/results/`.",
+        f"Medians in ms, forward and backward where there is one (`fastmim bench kernels`; {'; '.join(settings)}). eager, "
+        "compile: plain torch; the last column: how much faster than it eagerly is what runs here.",
         "",
-        f"| case | commit | n | {' | '.join(columns)} |",
-        "|---|---|---|" + "---|" * len(columns),
+        f"| case | commit | n | {' | '.join(columns)} | against eager |",
+        "|---|---|---|" + "---|" * len(columns) + "---|",
     ]
     for row in rows:
-        values = " | ".join(f"{row['ms'][c]:.2f}" if c in row["ms"] else "" for c in columns)
-        lines.append(f"| {row['function']} {row['case']} | {row.get('commit', '')} | {row['n']} | {values} |")
+        ms = row["ms"]
+        values = " | ".join(f"{ms[c]:.2f}" if c in ms else "" for c in columns)
+        ours = next(ms[b] for b in ("triton", "native", "reference") if b in ms)
+        ratio = f"{ms['eager'] / ours:.2g}x" if "eager" in ms else ""
+        lines.append(f"| {row['function']} {row['case']} | {row.get('commit', '')} | {row['n']} | {values} | {ratio} |")
     return [*lines, ""]
 
 

@@ -197,6 +197,9 @@ def choose(
         frozen: parameters that follow others.
         offload: none, optimizer or all, as asked for.
     """
+    if zero and world == 1 and offload == "none":
+        # The same arithmetic, with copies of all gradients and weights between shards and parameters.
+        return Choice("zero", 0, "none", f"--zero {zero} was given, and one process has all shards: nothing to share")
     if zero is not None:
         return Choice("zero", zero, offload, f"--zero {zero} was given")
     if wanted == "zero":

@@ -79,6 +79,8 @@ def deepspeed_config(spec: EngineSpec, sizes: Iterable[int]) -> dict:
             "stage": spec.zero_stage,
             # The default adds the bias after the product, one more rounding: losses then differ between stages.
             "memory_efficient_linear": False,
+            # With it stages 1 and 2 sum as much, out of one more copy of the gradient and back into it.
+            "reduce_scatter": spec.zero_stage == 3,
             "reduce_bucket_size": bucket_numbers(sizes),
             **_offload(spec),
         },

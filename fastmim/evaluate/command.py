@@ -16,6 +16,7 @@ from fastmim.evaluate.knn import measure as measure_knn
 from fastmim.evaluate.knn import raw_pixels
 from fastmim.evaluate.linear import measure as measure_linear
 from fastmim.export import load_encoder
+from fastmim.usage import parsed
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Evaluation:
     """Decoding processes; default: from the cores at hand."""
     limit: int | None = None
     """Use at most so many training images, evenly spread."""
+    on_bad_image: Literal["error", "skip"] = "error"
+    """An unreadable image ends the command, or is left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -63,20 +66,20 @@ class Evaluation:
                 )
         result = measure(
             raw_pixels if self.raw else features, train, val, encoder.model, place, batch_size=self.batch_size,
-            workers=self.workers, limit=self.limit,
+            workers=self.workers, limit=self.limit, on_bad_image=self.on_bad_image,
         )  # fmt: skip
         return result, f"({len(val)} validation images, {self.limit or len(train)} training images)"
 
 
 def knn(argv: list[str]) -> None:
     """k-nearest-neighbor accuracy (k = 20, cosine, mean over patch tokens)."""
-    evaluation = tyro.cli(Evaluation, prog="fastmim knn", args=argv, description=knn.__doc__)
+    evaluation = parsed(Evaluation, "fastmim knn", argv, description=knn.__doc__)
     accuracy, images = evaluation.run(measure_knn)
     print(f"k-NN top-1: {100 * accuracy:.2f} % {images}")
 
 
 def linear(argv: list[str]) -> None:
     """Accuracy of logistic regression on standardized features; its weight decay is chosen on training images."""
-    evaluation = tyro.cli(Evaluation, prog="fastmim linear", args=argv, description=linear.__doc__)
+    evaluation = parsed(Evaluation, "fastmim linear", argv, description=linear.__doc__)
     probe, images = evaluation.run(measure_linear)
     print(f"linear probe top-1: {100 * probe.top1:.2f} % {images}, weight decay {probe.weight_decay:g}")

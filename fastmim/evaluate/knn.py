@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from fastmim_pipelines.evaluation import EvalReader
 from fastmim_pipelines.index import FolderIndex
+from fastmim_pipelines.loader import OnBadImage
+from fastmim_pipelines.spec import DataError
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastmim.config import ModelSpec
-from fastmim.dist import gather_rows, rank, world_size
+from fastmim.dist import gather_rows, rank, sum_over_ranks, world_size
 
 NEIGHBORS, TEMPERATURE = 20, 0.07
 
@@ -40,6 +42,8 @@ def labeled_features(
     batch_size: int = 256,
     workers: int | None = None,
     limit: int | None = None,
+    on_bad_image: OnBadImage = "error",
+    say: Callable[[str], None] = print,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features and labels of both folders, on every rank: what `top1` and `linear.probe` take. Each rank computes its share.
 
@@ -49,14 +53,28 @@ def labeled_features(
         model: what images to read.
         workers: decoding processes; None: from the cores at hand.
         limit: use at most so many training images, evenly spread.
+        on_bad_image: "error" stops at an image that cannot be read; "skip" leaves it out.
+        say: told what was left out.
+
+    Raises:
+        DataError: such an image; or all of them are.
     """
     sides: list[Tensor] = []
     for index, most in ((train, limit), (val, None)):
         reader = EvalReader(
             index, model.image_size, batch_size=batch_size, rank=rank(), world=world_size(), in_chans=model.in_chans,
-            workers=workers, limit=most,
+            workers=workers, limit=most, on_bad_image=on_bad_image,
         )  # fmt: skip
-        sides += extract(features, reader, device)
+        found, labels = extract(features, reader, device)
+        if not len(labels):
+            raise DataError(
+                f"{index.root}: expected images that can be read, got none; `fastmim verify-data` tells why"
+            )
+        (left_out,) = sum_over_ranks([len(reader.bad_images)], device)
+        if left_out:
+            one = ": ".join(reader.bad_images[0]) if reader.bad_images else "another rank's"
+            say(f"data      {left_out} unreadable images of {index.root} were left out, one of them {one}")
+        sides += [found, labels]
     return tuple(sides)
 
 

@@ -20,7 +20,15 @@ MAX_PATCHES = 1 << 20
 
 def fail(what: str, expected: str, got: object, fix: str, error: type[Exception] = ValueError) -> Exception:
     """The exception to raise, in the one form that all messages have."""
-    return error(f"{what}: expected {expected}, got {got}; {fix}.")
+    return error(f"{what}: expected {expected}, got {got if isinstance(got, str) else shown(got)}; {fix}.")
+
+
+def shown(value: object) -> str:
+    """A value in a message: one line, however long it is."""
+    if isinstance(value, Tensor):
+        return describe(value)
+    text = " ".join((str(value) if isinstance(value, torch.device) else repr(value)).split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def is_float(value: object) -> bool:
@@ -81,8 +89,10 @@ def check_ids(name: str, ids: Tensor, batch: int, count: int, device: torch.devi
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether looking at the values costs nothing: on the CPU, outside torch.compile, and where there are any."""
-    return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or isinstance(tensor, FakeTensor))
+    """Whether looking at the values costs nothing: on the CPU, outside torch.compile and vmap, and where there are any."""
+    if tensor.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return not (isinstance(tensor, FakeTensor) or torch._C._functorch.is_batchedtensor(tensor))
 
 
 def check_rng(rng: Tensor, ids: Tensor) -> None:
@@ -114,13 +124,15 @@ def check_written(name: str, tensor: Tensor) -> None:
     for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
         if size > 1 and stride == 0:
             raise fail(name, "values of their own to update", "a tensor made by expand()", "clone it first")
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        raise fail(name, "values to update", "a view that negates those in memory", "clone it first")
 
 
 def check_integer(name: str, *values: int) -> None:
     """Each of ``values`` must be an integer of 64 bits, which its range can be checked of afterwards."""
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-            raise fail(name, "an integer", repr(value), "pass an int", TypeError)
+            raise fail(name, "an integer", shown(value), "pass an int", TypeError)
         if not -LARGEST <= value <= LARGEST:
             raise fail(name, "an integer of 64 bits", f"one of {value.bit_length()} bits", "correct it")
 
@@ -128,7 +140,7 @@ def check_integer(name: str, *values: int) -> None:
 def check_number(name: str, value: float) -> None:
     """``value`` must be a number, as an integer one of 64 bits."""
     if not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise fail(name, "a number", repr(value), "pass a float", TypeError)
+        raise fail(name, "a number", shown(value), "pass a float", TypeError)
     if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
         raise fail(name, "a number of 64 bits", f"an integer of {value.bit_length()} bits", "pass a float")
 
@@ -147,7 +159,7 @@ def check_scalar(name: str, value: float | Tensor, device: torch.device) -> None
 def check_pair(name: str, pair: tuple[int, int]) -> tuple[int, int]:
     """``pair`` must be two integers (rows, columns), and is returned."""
     if not isinstance(pair, (tuple, list, torch.Size)) or len(pair) != 2:
-        raise fail(name, "two integers (rows, columns)", repr(pair), "pass a tuple of two", TypeError)
+        raise fail(name, "two integers (rows, columns)", shown(pair), "pass a tuple of two", TypeError)
     check_integer(name, *pair)
     return pair[0], pair[1]
 
@@ -168,23 +180,33 @@ def check_distinct(name: str, ids: Tensor, count: int) -> None:
             raise fail(name, "each patch at most once per image", "one twice", "draw ids without replacement")
 
 
+def check_flag(name: str, value: bool) -> None:
+    """``value`` must be True or False."""
+    if not isinstance(value, bool):
+        raise fail(name, "True or False", value, "pass a bool", TypeError)
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """``value`` must be one of ``choices``."""
+    if not isinstance(value, str) or value not in choices:
+        raise fail(name, f"one of {', '.join(choices)}", shown(value), f"correct {name}")
+
+
 def check_float_dtype(dtype: torch.dtype) -> None:
     """``dtype`` of a result must be a floating one."""
-    if not is_float(dtype):
-        raise fail("dtype", "a floating dtype", repr(dtype), "use torch.float32 or torch.bfloat16", TypeError)
+    if isinstance(dtype, Tensor) or not is_float(dtype):
+        raise fail("dtype", "a floating dtype", shown(dtype), "use torch.float32 or torch.bfloat16", TypeError)
 
 
 def check_constants(mean: tuple[float, ...] | None, std: tuple[float, ...] | None, channels: int) -> None:
     """``mean`` and ``std``: both None, or one number per channel each, std above 0."""
     if mean is None and std is None:
         return
-    expected, got = f"{channels} numbers each, std > 0, or None for both", f"mean={mean}, std={std}"
-    for values in (mean, std):
-        if not isinstance(values, (tuple, list)) or len(values) != channels:
-            raise fail("mean, std", expected, got, "give one per channel, in 0..1 units")
-        for value in values:
-            check_number("mean, std", value)
-    if min(std) <= 0:
+    is_fit = all(isinstance(values, (tuple, list)) and len(values) == channels for values in (mean, std))
+    for value in (*mean, *std) if is_fit else ():
+        check_number("mean, std", value)
+    if not is_fit or not all(value > 0 for value in std):
+        expected, got = f"{channels} numbers each, std > 0, or None for both", f"mean={shown(mean)}, std={shown(std)}"
         raise fail("mean, std", expected, got, "give one per channel, in 0..1 units")
 
 

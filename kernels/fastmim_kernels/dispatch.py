@@ -90,12 +90,19 @@ def backend_of(op: str, device_type: str) -> str:
 def uses_reference(op: str, device: torch.device, *values: Tensor | torch.dtype | None) -> bool:
     """Whether the reference computes ``op`` on ``device`` from tensors, or to dtypes, like these.
 
+    Inside transforms (torch.func, vmap) it does: they look into plain torch alone.
+
     Raises: as ``backend_of``.
     """
-    if backend_of(op, device.type) == "reference":
+    if backend_of(op, device.type) == "reference" or is_transformed():
         return True
     dtypes = [value.dtype if isinstance(value, Tensor) else value for value in values if value is not None]
     return any(dtype not in COMPUTED for dtype in dtypes)
+
+
+def is_transformed() -> bool:
+    """Whether a transform (torch.func, vmap) looks on."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def reference(op: str) -> ModuleType:

@@ -2,7 +2,7 @@
 
 A state dict of the module that one of them stands for loads as it is, and theirs loads ours. Dropout where theirs is. What
 has no op here (another activation, oblong patches) and layers that carry hooks or were exchanged for others run as in the
-original. torch.compile takes them, torch.jit.script does not.
+original. torch.compile and torch.export take them, torch.jit does not.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import autocast
 from .activation import bias_gelu
-from .checks import check_integer, check_pair, check_rank, check_tensor, fail
+from .checks import check_integer, check_pair, check_rank, check_tensor, fail, shown
 from .layer_norm import add_layer_norm
 from .patches import patchify_gather
 from .topk import topk_attention
@@ -79,7 +79,8 @@ class LayerNorm(nn.LayerNorm):
     """``nn.LayerNorm`` over the last dimension: like x in dtype also under autocast, statistics in float32."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.weight is None or not self.weight.numel() or len(self.normalized_shape) != 1 or input.ndim < 2:
+        is_fit = isinstance(input, Tensor) and input.ndim > 1 and len(self.normalized_shape) == 1
+        if not is_fit or self.weight is None or not self.weight.numel():
             return super().forward(input)
         return add_layer_norm(input, None, self.weight, self.bias, eps=self.eps)
 
@@ -245,7 +246,7 @@ class PatchEmbed(nn.Module):
     ):
         super().__init__()
         if output_fmt not in (None, *LAYOUTS):
-            raise fail("output_fmt", f"None or one of {', '.join(LAYOUTS)}", repr(output_fmt), "correct it")
+            raise fail("output_fmt", f"None or one of {', '.join(LAYOUTS)}", shown(output_fmt), "correct it")
         self.patch_size = as_pair("patch_size", patch_size)
         if min(self.patch_size) < 1:
             raise fail("patch_size", "1 pixel or more", patch_size, "correct it")

@@ -10,6 +10,7 @@ fused.
 import copy
 import functools
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Self
@@ -26,8 +27,11 @@ __all__ = ["Entry", "Report", "apply", "remove"]
 
 # In the __dict__ of a module: the names of the methods that were replaced.
 MARK = "_fastmim_replaced"
+# Method of nn.Module by which nn.DataParallel copies it.
+REPLICATE = "_replicate_for_data_parallel"
 # Largest difference in float64, in units of max(1, |original|): rounding of another order of summation.
 TOLERANCE = 1e-9
+ALL_HOOKS = [name for name, value in vars(nn.Module()).items() if isinstance(value, dict) and "hooks" in name]
 
 
 class Entry(NamedTuple):
@@ -121,15 +125,19 @@ def remove(model: nn.Module) -> int:
 def forget(module: nn.Module) -> int:
     """Take the replacements of one module away. Returns how many there were."""
     methods = module.__dict__.pop(MARK, ())
-    for method in methods:
+    for method in (*methods, REPLICATE) if methods else ():
         module.__dict__.pop(method, None)
     return len(methods)
 
 
 def is_unpickled(module: nn.Module) -> bool:
     """Whether what were replacements are the class's own methods again: pickle keeps no more of a method than its name."""
-    methods = module.__dict__.get(MARK, ())
-    return any(getattr(module.__dict__.get(m), "__func__", None) is getattr(type(module), m) for m in methods)
+    return any(is_own(module, method) for method in module.__dict__.get(MARK, ()))
+
+
+def is_own(module: nn.Module, method: str) -> bool:
+    """Whether the method in the module's __dict__ is the one of its class."""
+    return getattr(module.__dict__.get(method), "__func__", None) is getattr(type(module), method)
 
 
 def replace(module: nn.Module, candidate: Candidate) -> None:
@@ -145,7 +153,17 @@ def replace(module: nn.Module, candidate: Candidate) -> None:
         return replacement(self, *args, **kwargs)
 
     module.__dict__[method] = types.MethodType(guarded if kinds else replacement, module)
+    module.__dict__[REPLICATE] = types.MethodType(_replicate_for_data_parallel, module)
     module.__dict__.setdefault(MARK, []).append(method)
+
+
+def _replicate_for_data_parallel(self) -> nn.Module:
+    """Named as the method: pickle looks it up by that name. A replica has weights, and so methods, of its own."""
+    replica = original(self, REPLICATE)()
+    for name, method in list(vars(replica).items()):
+        if isinstance(method, types.MethodType) and method.__self__ is self:
+            vars(replica)[name] = types.MethodType(method.__func__, replica)
+    return replica
 
 
 def original(module: nn.Module, method: str = "forward") -> Callable[..., object]:
@@ -159,7 +177,8 @@ def obstacle(module: nn.Module, candidate: Candidate) -> str:
         return candidate.reason
     if candidate.method in module.__dict__.get(MARK, ()):
         return "is replaced already"
-    if candidate.method in module.__dict__:
+    # Who replaces a method for a while may leave the class's own one behind (transformers).
+    if candidate.method in module.__dict__ and not is_own(module, candidate.method):
         return f"its {candidate.method} was replaced by somebody else"
     bypassed = [getattr(module, name) for name in candidate.bypassed]
     hooked = [type(child).__name__ for child in bypassed if is_observed(child)]
@@ -171,21 +190,30 @@ def obstacle(module: nn.Module, candidate: Candidate) -> str:
 @torch.no_grad()
 def difference(module: nn.Module, candidate: Candidate) -> str:
     """Says how the replacement's result on a small input differs from the original's; "" if it does not."""
-    if any(p.is_meta or p.numel() == 0 for p in module.parameters()):
-        return "its parameters are elsewhere (meta device, or sharded); build the model first"
-    # A copy: neither the state of the module nor that of a random generator is touched.
-    double = copy.deepcopy(module).to("cpu", torch.float64).eval()
+    # A device mesh is what distributed tensors have (FSDP2).
+    if any(p.is_meta or p.numel() == 0 or hasattr(p, "device_mesh") for p in module.parameters()):
+        return "its parameters are elsewhere (meta device, or sharded); build the model first, shard it afterwards"
     count = torch.Size(candidate.probe).numel()
     probe = torch.linspace(-9, 9, count, dtype=torch.float64).sin().mul(4).view(candidate.probe)
     try:
-        truth = getattr(double, candidate.method)(probe)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as e:
-        return f"it does not run on {candidate.probe} float64 numbers on the CPU, to compare with ({type(e).__name__})"
-    got = types.MethodType(candidate.replacement, double)(probe)
+        double = hookless_copy(module).to("cpu", torch.float64).eval()
+        # Nothing is compiled for so little.
+        with torch.compiler.set_stance("force_eager"):
+            truth = getattr(double, candidate.method)(probe)
+            got = types.MethodType(candidate.replacement, double)(probe)
+    except Exception as e:  # whatever a module raises that somebody else wrote
+        said = f"{type(e).__name__}: {e}".splitlines()[0]
+        return f"its copy does not run on {candidate.probe} float64 numbers on the CPU, to compare with ({said})"
     if not isinstance(truth, Tensor) or got.shape != truth.shape:
         return "its result has another form than is known of such a module"
     error = float(((got - truth).abs() / truth.abs().clamp_min(1)).max())
     return "" if error <= TOLERANCE else f"it computes something else (differs by {error:.1g})"
+
+
+def hookless_copy(module: nn.Module) -> nn.Module:
+    """A copy, so that no state is touched; without hooks, which would see the probe, or belong to what cannot be copied."""
+    hooks = [vars(m)[name] for m in module.modules() for name in ALL_HOOKS if name in vars(m)]
+    return copy.deepcopy(module, {id(value): OrderedDict() for value in hooks})
 
 
 def candidates(module: nn.Module) -> Iterator[Candidate]:
@@ -290,9 +318,8 @@ SEAMS = (
     Seam("norm1", "attn", "", "ls1", "drop_path1", "norm2", "mlp", ("ls2", "drop_path2")),  # timm
     Seam("ln_1", "self_attention", "dropout", "", "", "ln_2", "mlp", ()),  # torchvision
     Seam("layernorm_before", "attention", "dropout", "", "", "layernorm_after", "mlp", ("dropout",)),  # transformers
-    Seam(
-        "norm1", "attention", "", "layer_scale1", "drop_path", "norm2", "mlp", ("layer_scale2", "drop_path")
-    ),  # DINOv2
+    # DINOv2
+    Seam("norm1", "attention", "", "layer_scale1", "drop_path", "norm2", "mlp", ("layer_scale2", "drop_path")),
 )
 
 

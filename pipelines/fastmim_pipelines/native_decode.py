@@ -254,7 +254,7 @@ def build() -> str:
         raise RuntimeError("build: expected a C++ compiler, got none; sudo apt-get install -y g++")
     target = str(Path(__file__).resolve().parent / "_decode.so")
     # Into place at once: others may be about to load the old one.
-    command = [compiler, "-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", *sources]
+    command = [compiler, "-std=c++20", "-O3", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", *sources]
     result = subprocess.run([*command, "-o", f"{target}.new", "-ldl"], capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"build: {' '.join(command)}: {result.stderr.strip()}")

@@ -15,7 +15,7 @@ RNG = torch.tensor([17, 4])
 ROUNDS, TRIES = 20, 16
 
 
-def check_consistent(masks, patches, masked):
+def assert_consistent(masks, patches, masked):
     ids_keep, ids_masked, ids_restore, mask = masks
     batch = len(mask)
     shapes = [(batch, patches - masked), (batch, masked), (batch, patches), (batch, patches)]
@@ -76,7 +76,7 @@ CASES = [
 def test_block_masks_equal_one_rectangle_after_the_other(grid, masked, min_block, aspect, is_completed):
     ids = torch.arange(12) * 1_000_003 + 5
     masks = fk.block_masking(RNG, ids, grid, masked, min_block=min_block, aspect=aspect)
-    check_consistent(masks, grid[0] * grid[1], masked)
+    assert_consistent(masks, grid[0] * grid[1], masked)
     words = fk.random_words(RNG, ids, fk.Stream.BLOCK, 2 * ROUNDS * TRIES).tolist()
     left_over = 0
     for row, drawn in zip(masks.mask, words, strict=True):
@@ -94,7 +94,7 @@ def test_block_masks_have_the_exact_number_on_any_grid(h, w, data, seed):
     masked = data.draw(st.integers(1, h * w - 1))
     min_block = data.draw(st.integers(1, 20))
     masks = fk.block_masking(torch.tensor([seed, 3]), torch.arange(4), (h, w), masked, min_block=min_block)
-    check_consistent(masks, h * w, masked)
+    assert_consistent(masks, h * w, masked)
 
 
 def official_mask(rnd, rows, columns, masked, min_block):

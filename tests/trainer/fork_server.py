@@ -45,11 +45,24 @@ class Ranks:
         return any(map(self.is_alive, range(len(self.pids))))
 
     def is_alive(self, rank: int) -> bool:
+        return self._state(rank) not in ("", "Z")
+
+    def _state(self, rank: int) -> str:
+        """Of the process, as proc(5) calls it; "" where there is none."""
         try:
-            state = Path(f"/proc/{self.pids[rank]}/stat").read_text().rsplit(")", 1)[1].split()[0]
+            return Path(f"/proc/{self.pids[rank]}/stat").read_text().rsplit(")", 1)[1].split()[0]
         except FileNotFoundError:
-            return False
-        return state != "Z"
+            return ""
+
+    def wait_until_held(self, rank: int = 0, limit_s: float = 240) -> None:
+        """Until the rank has stopped itself, as its fault POINT:stop says: then it is where the test wants it."""
+        end = time.monotonic() + limit_s
+        while self._state(rank) != "T":
+            assert self.is_alive(rank) and time.monotonic() < end, self.said()
+            time.sleep(0.005)
+
+    def go_on(self, rank: int = 0) -> None:
+        self.kill(rank, signal.SIGCONT)
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
         """Signals one rank, and no other process of its session."""

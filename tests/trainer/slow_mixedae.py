@@ -122,7 +122,7 @@ def mixed_block(w, x, heads, owners, kind, topk, seen):
             weights = torch.exp(scores[i, chosen])
             rows.append((weights / weights.sum()) @ v[chosen])
             if owners[i][1]:
-                paid = {j: float(weight) for j, weight in zip(chosen, weights) if owners[j][1]}
+                paid = {j: float(weight.detach()) for j, weight in zip(chosen, weights) if owners[j][1]}
                 right = [j for j in paid if owners[j][0] == owners[i][0]]
                 seen["right"].append(len(right) / topk)
                 seen["own"].append(sum(paid[j] for j in right) / sum(paid.values()))

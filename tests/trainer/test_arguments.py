@@ -1,5 +1,6 @@
 """The command line: its flags are frozen, presets and files layer as documented, mistakes get one clear line."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 from fastmim.arguments import flag_names, parse_train
 from fastmim.config import ConfigError, from_plain, to_plain
 from fastmim.methods import base, cmae, mae
-from fastmim.run_directory import CONFIG_FILE
+from fastmim.run_directory import CONFIG_FILE, RUNS, RunDirectory
 
 # Scripts rely on these. Adding a flag means adding it here; removing or renaming one breaks users.
 FROZEN = [
@@ -106,7 +107,9 @@ FROZEN_OPTIONS = {
         "--cae.drop-path",
         "--cae.init",
         "--cae.layer-scale",
+        "--cae.mask",
         "--cae.mask-ratio",
+        "--cae.norm-pix",
         "--cae.regressor-depth",
         "--cae.target",
         "--cae.tokenizer",
@@ -134,6 +137,7 @@ FROZEN_OPTIONS = {
         "--icmae.freeze-patch-embed",
         "--icmae.head-hidden",
         "--icmae.head-out",
+        "--icmae.heat",
         "--icmae.mask-ratio",
         "--icmae.mask-share",
         "--icmae.momentum",
@@ -141,6 +145,7 @@ FROZEN_OPTIONS = {
         "--icmae.pos-drop",
         "--icmae.position",
         "--icmae.position-weight",
+        "--icmae.second-view",
         "--icmae.temperature",
     ],
     "mixedae": [
@@ -150,6 +155,7 @@ FROZEN_OPTIONS = {
         "--mixedae.decoder-depth",
         "--mixedae.decoder-heads",
         "--mixedae.decoder-width",
+        "--mixedae.diagnostics",
         "--mixedae.homo-layers",
         "--mixedae.homologous",
         "--mixedae.members",
@@ -318,6 +324,25 @@ def test_bare_resume_finds_the_newest_run(tmp_path, monkeypatch):
         (tmp_path / "runs" / name / CONFIG_FILE).write_text(yaml.safe_dump(to_plain(config)))
     assert parse_train(["--resume"]).seed == 2
     assert parse_train(["--method", "mae", "--resume"]).seed == 3
+
+
+def test_the_newest_run_is_the_last_that_was_started_whatever_clocks_and_copies_say(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # The clock was set back before the second run; names and times of files say otherwise.
+    for name, seed in (("mae-20270101-000000", 1), ("mae-20260101-000000", 2)):
+        directory = RunDirectory(RUNS / name, resuming=False)
+        directory.write_config(parse_train(["--method", "mae", "--seed", str(seed)]))
+        directory.close()
+    assert parse_train(["--method", "mae", "--resume"]).seed == 2
+    shutil.copytree(RUNS / "mae-20270101-000000", RUNS / "mae-20280101-000000")
+    shutil.copytree(RUNS / "mae-20260101-000000", RUNS / "mae-copy")
+    assert parse_train(["--method", "mae", "--resume"]).out == RUNS / "mae-20260101-000000"
+    # A copy that is continued is a run of its own; a run that is continued stays the one that it was.
+    for name in ("mae-20260101-000000", "mae-20280101-000000"):
+        directory = RunDirectory(RUNS / name, resuming=True)
+        directory.write_config(parse_train(["--method", "mae", "--seed", "3"]))
+        directory.close()
+    assert parse_train(["--method", "mae", "--resume"]).out == RUNS / "mae-20280101-000000"
 
 
 @pytest.mark.parametrize("method", base.available())

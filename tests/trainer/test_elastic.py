@@ -33,9 +33,6 @@ def straight(images, server, tmp_path_factory) -> list[float]:
         (2, ["--zero", "1"]),
         (2, ["--zero", "2"]),
         (2, ["--zero", "3"]),
-        (1, ["--zero", "2", "--zero-offload", "optimizer"]),
-        (2, ["--zero", "1", "--zero-offload", "optimizer"]),
-        (2, ["--zero", "3", "--zero-offload", "all"]),
     ],
     ids=lambda v: "-".join(v).replace("--", "") or "ddp" if isinstance(v, list) else str(v),
 )
@@ -43,6 +40,17 @@ def test_twenty_steps_have_the_losses_of_one_plain_process(images, server, strai
     out = tmp_path / "run"
     server.run(arguments(images, out, 20, *flags), world=world)
     assert losses(out) == pytest.approx(straight, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("world", "stage", "offload"), [(1, "2", "optimizer"), (2, "1", "optimizer"), (1, "3", "all"), (2, "3", "all")]
+)
+def test_with_offload_too_also_when_the_run_is_interrupted(images, server, straight, tmp_path, world, stage, offload):
+    argv = arguments(images, tmp_path / "run", 20, "--zero", stage, "--zero-offload", offload)
+    server.run(argv, world=world, code=75, FASTMIM_FAULT="step:optimizer:term@9")
+    said = server.run([*argv, "--resume"], world=world)
+    assert f"ZeRO stage {stage}, optimizer" in said and "resumed at step" in said
+    assert losses(tmp_path / "run") == pytest.approx(straight, rel=1e-6)
 
 
 def test_two_one_four_processes_across_engines_are_the_straight_run(images, server, tmp_path):
@@ -167,8 +175,16 @@ def test_auto_takes_the_fastest_engine_that_fits_and_says_why(world, parameters,
 
 def test_what_is_asked_for_is_taken():
     assert choose("auto", 3, 2, 10, 80 * GIB, offload="all") == ("zero", 3, "all", "--zero 3 was given")
+    assert choose("auto", 3, 1, 10, 80 * GIB, offload="optimizer")[:3] == ("zero", 3, "optimizer")
     assert choose("zero", None, 2, 10, 1)[:3] == ("zero", 0, "none")
     assert choose("ddp", None, 2, 10**12, GIB)[:3] == ("ddp", 0, "none")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_process_has_nothing_to_shard(stage):
+    choice = choose("auto", stage, 1, 10, 80 * GIB)
+    assert choice[:3] == ("zero", 0, "none") and f"--zero {stage} was given, and one process has all" in choice.reason
+    assert choose("auto", stage, 2, 10, 80 * GIB)[:3] == ("zero", stage, "none")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ R5 masks not replayed      test_resume_points (no_mask_comes_twice)
 R6 kills                   test_storm (FASTMIM_STORM=200), `python tests/trainer/storm.py 200`
 R7 each system call        test_checkpoint (death_at_any_system_call); here: a_failed_save, three_failed_saves
 R8 damaged checkpoints     test_storm (every_damage), test_checkpoint, test_resume
-R9 full disks              here: a_disk_that_is_really_full, the_last_save, metrics_that_cannot
+R9 full disks              here: a_disk_that_is_really_full, a_disk_that_takes_nothing, the_last_save, metrics_that_cannot
+R10 overlapping saves      test_saving
 R11 accumulation           test_accumulation, test_micro_batches
 R12 signals                here: a_signal_at_any_moment, a_signal_during_evaluation, the_second_signal; test_resume
 R13 workers, stuck ranks   here: a_killed_worker, a_stopped_worker, full_shared_memory, the_watchdog; pipelines/test_pipeline_workers
@@ -19,9 +20,10 @@ R14 non-finite steps       test_nonfinite
 R17 uneven data            test_ranks (any_size, uneven_data); here: a_file_that_only_one_rank_misses; test_agreement
 R19 engine to engine       test_elastic
 R25 surroundings           here: odd_names_and_surroundings, no_network
-R26 one folder, two runs   here: a_second_run_in_the_folder
+R26 one folder, two runs   here: a_second_run_in_the_folder, of_two_runs_that_start_at_once
 """
 
+import contextlib
 import errno
 import os
 import re
@@ -30,6 +32,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -42,6 +45,9 @@ from fastmim.config import ConfigError
 from fastmim.testing import faults
 
 STEPS = 12
+# A process stops itself in its fifth step, where the test finds it however slow either is. The checkpoint of step 2 is on
+# disk then, because the save of step 4 has waited for it.
+HELD = "step:forward:stop@5"
 
 
 def arguments(images: Path, out: Path, *extra: str) -> list[str]:
@@ -107,26 +113,55 @@ def test_the_last_save_must_succeed(start):
     assert "it was the last one" in start("--save-every", "100", fault="save:write:enospc@30").expect(6)
 
 
-def test_a_disk_that_is_really_full_gets_space_again(images, server, straight, tmp_path):
-    """A file system of 40 MiB; a checkpoint takes 10. The filler goes after the first failed save."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(disk)], capture_output=True)
+def run_and_make_room(filler: str, *argv: str) -> None:
+    """In a process of a job: a command; the file goes when a save has failed."""
+    from fastmim.cli import run
+    from fastmim.saving import Saver
+
+    wait = Saver.wait
+
+    def wait_and_make_room(self, **how):
+        wait(self, **how)
+        if self.failures:
+            Path(filler).unlink(missing_ok=True)
+
+    Saver.wait = wait_and_make_room
+    sys.exit(run(list(argv)))
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path]:
+    """A file system of 40 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(place)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"mount is not permitted here: {mounted.stderr.decode().strip()}")
-    try:
-        (disk / "filler").write_bytes(bytes(34 << 20))
-        argv = arguments(images, disk / "run", "--keep", "1")
-        job = server.start(argv, FASTMIM_FAULT="step:optimizer:sleep=0.1@1+")
-        end = time.monotonic() + 60
-        while "No space left on device" not in job.said():
-            assert job.is_running() and time.monotonic() < end, job.said()
-            time.sleep(0.05)
-        (disk / "filler").unlink()
-        assert "(1 of 3): [Errno 28]" in job.expect()
-        assert not differences(disk / "run", straight[1])
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full_gets_space_again(images, server, straight, disk):
+    """A checkpoint takes 10 MiB. The filler goes after the first failed save."""
+    (disk / "filler").write_bytes(bytes(34 << 20))
+    argv = arguments(images, disk / "run", "--keep", "1")
+    said = server.run(["--call", "test_faults", "run_and_make_room", str(disk / "filler"), *argv])
+    assert "(1 of 3): [Errno 28]" in said and "(2 of 3)" not in said
+    assert not differences(disk / "run", straight[1])
+
+
+@pytest.mark.parametrize("how", ["full", "read-only"])
+def test_a_disk_that_takes_nothing_at_the_start_is_one_line(images, server, disk, how):
+    if how == "full":
+        with contextlib.suppress(OSError), open(disk / "filler", "wb", buffering=0) as filler:
+            while filler.write(bytes(4096)):
+                pass
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    said = server.run(arguments(images, disk / "run"), code=6)
+    error = said[said.index("error: ") :]
+    assert error.startswith(f"error: --out: expected a folder that can be written, got {disk / 'run'} (")
+    assert error.count("\n") == 1 and "Traceback" not in said
 
 
 def test_metrics_that_cannot_be_written_do_not_end_the_run(start, straight, tmp_path):
@@ -197,7 +232,7 @@ def test_a_file_that_only_one_rank_misses_is_named_and_ends_all(images, server, 
 @pytest.mark.parametrize(
     ("fault", "world"),
     [("save:write:term@5", 1), ("save:latest:usr1@1", 1), ("step:data:int@4", 1), ("step:backward:term@4#1", 2),
-     ("step:forward:term@3#0,step:forward:term@3#1", 2)],
+     ("step:forward:term@3#0,step:forward:term@3#1", 2), ("step:data:term@1", 1), ("step:forward:term@1#1", 2)],
 )  # fmt: skip
 def test_a_signal_at_any_moment_saves_on_all_ranks(start, straight, tmp_path, fault, world):
     start(world=world, fault=fault).expect(75)
@@ -220,10 +255,11 @@ def test_the_second_signal_ends_at_once(start):
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV], ids=lambda s: s.name)
 def test_a_killed_worker_is_replaced_and_gives_the_same_images(start, straight, tmp_path, number):
-    job = start("--workers", "1", fault="step:optimizer:sleep=0.1@1+")
-    wait_for("step 3/", job)
+    job = start("--workers", "1", fault=HELD)
+    job.wait_until_held()
     (worker,) = psutil.Process(job.pids[0]).children()
     worker.send_signal(number)
+    job.go_on()
     assert re.search(r"warning   rank 0, step \d+: data workers started again: .*", job.expect()), job.said()
     assert not differences(tmp_path / "run", straight[1])
 
@@ -242,10 +278,11 @@ def test_a_stopped_worker_is_replaced_and_gives_the_same_images(images, server, 
     """SIGSTOP, as of a worker that is stuck for good: it must be ended first."""
     argv = arguments(images, tmp_path / "run", "--workers", "1")
     call = ["--call", "test_faults", "run_impatiently", *argv]
-    job = server.start(call, FASTMIM_FAULT="step:optimizer:sleep=0.1@1+")
-    wait_for("step 3/", job)
+    job = server.start(call, FASTMIM_FAULT=HELD)
+    job.wait_until_held()
     (worker,) = psutil.Process(job.pids[0]).children()
     worker.send_signal(signal.SIGSTOP)
+    job.go_on()
     assert re.search(r"data workers started again: .* got none; look whether .* the process was stopped", job.expect())
     assert not differences(tmp_path / "run", straight[1]) and not psutil.pid_exists(worker.pid)
 
@@ -271,15 +308,20 @@ def run_with_little_shared_memory(*argv: str) -> None:
 def test_full_shared_memory_is_one_line_and_the_run_goes_on_when_there_is_room(images, server, straight, tmp_path):
     argv = arguments(images, tmp_path / "run", "--workers", "1", "--resume", "auto")
     call = ["--call", "test_faults", "run_with_little_shared_memory", *argv]
-    job = server.start(call, FASTMIM_FAULT="step:optimizer:sleep=0.2@1+")
-    wait_for("step 1/", job, permitted=True)
+    job = server.start(call, FASTMIM_FAULT=f"{HELD},step:optimizer:sleep=0.2@1+")
+    wait_for("step 4/", job, permitted=True)
+    job.wait_until_held()
     # The job's own /dev/shm, seen from here. What a batch gives back is taken, too, or the next one would fit there.
     with open(f"/proc/{job.pids[0]}/root/dev/shm/filler", "wb", buffering=0) as filler:
+        is_full = False
         while job.is_running():
             try:
                 filler.write(bytes(4096))
             except OSError as e:
                 assert e.errno == errno.ENOSPC
+                if not is_full:
+                    is_full = True
+                    job.go_on()
                 time.sleep(0.001)
     # A worker that cannot hand over its answer dies, or says so to nobody and is silent.
     assert "error: workers: expected at most 0 for the free space of /dev/shm, got 1" in job.expect(4)
@@ -291,11 +333,27 @@ def test_full_shared_memory_is_one_line_and_the_run_goes_on_when_there_is_room(i
 
 
 def test_a_second_run_in_the_folder_names_the_first_which_a_kill_frees(start, straight, tmp_path):
-    first = start("--workers", "1", fault="step:optimizer:sleep=0.1@1+")
-    wait_for("step 3/", first)
+    first = start("--workers", "1", fault=HELD)
+    first.wait_until_held()
     assert f"is in use by process {first.pids[0]} on " in start("--resume").expect(2)
     first.kill(0, signal.SIGKILL)  # its worker lives on for a moment, and has the lock
     start("--resume").expect()
+    assert not differences(tmp_path / "run", straight[1])
+
+
+def test_of_two_runs_that_start_at_once_in_a_folder_one_is_refused(start, straight, tmp_path):
+    jobs = [start(fault=HELD) for _ in range(2)]
+    while all(job.is_running() for job in jobs):
+        time.sleep(0.005)
+    second, first = sorted(jobs, key=lambda job: job.is_running())
+    said = second.expect(2)
+    assert re.search(
+        f"error: --out: {tmp_path / 'run'} (is in use by process {first.pids[0]} on |already holds a run; )", said
+    )
+    assert said.count("error: ") == 1
+    first.wait_until_held()
+    first.go_on()
+    first.expect()
     assert not differences(tmp_path / "run", straight[1])
 
 

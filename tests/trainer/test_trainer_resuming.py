@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,26 @@ def test_same_run_compares_lists_and_lets_old_checkpoints_through(saved, theirs,
     with pytest.raises(ConfigError, match=r"trained with exclude = .+, this run has .+ use the same list") as error:
         check_same_run(Path("step-3"), meta_of(then, **saved), now, ours)
     assert "\n" not in str(error.value)
+
+
+def test_other_images_are_refused_and_other_names_are_told(images, tmp_path, capsys):
+    data = tmp_path / "images"
+    shutil.copytree(images / "train", data)
+    flags = ["train", "--method", "mae", "--data", str(data), *TINY, "--model", "vit_pico", "--out", str(tmp_path / "run"),
+             "--mae.decoder-width", "32", "--mae.decoder-depth", "1"]  # fmt: skip
+    assert run([*flags, "--steps", "1"]) == 0
+    victim = data / "class1" / "004.jpg"
+    shutil.copy(victim, data / "class1" / "one-more.jpg")
+    assert run([*flags, "--steps", "2", "--resume"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        f"was trained on 36 images, {data} has 37, which would change the order of all" in said
+        and said.count("\n") == 1
+    )
+    victim.unlink()
+    assert run([*flags, "--steps", "2", "--resume"]) == 0
+    said = capsys.readouterr().out
+    assert "warning   " in said and "as many images as the run began with, under other names" in said
 
 
 def test_a_changed_list_is_refused_and_a_moved_one_is_not(images, tmp_path, capsys):

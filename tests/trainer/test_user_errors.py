@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from trainer_run import ROOT, TINY, environment, write_images
 
 from fastmim import cli
+from fastmim.usage import one_line
 
 SMALL = [*TINY, "--steps", "2"]
 
@@ -32,6 +33,10 @@ def run(capsys, *argv: str) -> tuple[int, str]:
             "expected a command (train, knn, linear, record-tokens, pack, verify-data, doctor, replay, zero-import, demo-data, plan, bench, tune, info), got trian; did you mean train?",
         ),
         (["train", "--batchsize", "3"], "did you mean --batch-size?"),
+        (["train", "--steps", "many"], "--steps"),
+        (["train", "--precision", "bf61"], "--precision"),
+        (["knn", "nowhere"], "--data"),
+        (["demo-data", "photos", "--images", "many"], "--images"),
         (["train", "--method", "mea"], "--method: expected one of cae, cmae, icmae, mae, mixedae, simmim"),
         (["train", "--data", "nowhere", *SMALL], "nowhere"),
         (["train", "--data", "empty", *SMALL], "empty: expected images"),
@@ -52,6 +57,10 @@ def run(capsys, *argv: str) -> tuple[int, str]:
         ),
         (["train", "--data", "images", *SMALL, "--loader", "dalli"], "loader: expected one of auto"),
         (["train", "--data", "images", *SMALL, "--out", "images/train/class0/000.jpg"], "--out: expected a folder"),
+        (
+            ["train", "--data", "images", *SMALL, "--out", "images/train/run"],
+            "--out: expected a folder outside of the images",
+        ),
         (["train", "--data", "images", *SMALL, "--out", "held"], "--out: held already holds a run; add --resume"),
         (["train", "--data", "images", *SMALL, "--tracker", "wandb"], "pip install 'fastmim[wandb]'"),
         (
@@ -75,6 +84,19 @@ def test_mistake_is_one_line_and_exit_2(argv, words, tmp_path, monkeypatch, caps
     assert code == 2, said
     assert words in said
     assert said.startswith("error: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        "╭─ Value error ─────╮\n│ \x1b[91;1mError parsing --steps:\x1b[0m invalid │\n│ literal: 'many' │\n│ ───────── │\n"
+        "│ Argument helptext: │\n╰──────────╯\n",
+        " Value error \n ----------- \n  Error parsing --steps: invalid\n  literal: 'many'\n  -------\n  Argument helptext:\n",
+    ],
+    ids=["drawn", "plain"],
+)
+def test_what_the_parser_says_in_a_box_is_one_line(box):
+    assert one_line(box) == "--steps: invalid literal: 'many'"
 
 
 @pytest.mark.skipif(__import__("torch").cuda.is_available(), reason="there is a GPU here")
@@ -104,16 +126,49 @@ def test_folder_in_use_names_its_holder(images, tmp_path):
     RunDirectory(out, resuming=True).close()
 
 
+def test_a_run_that_began_and_ended_meanwhile_keeps_its_folder(tmp_path, monkeypatch):
+    """Between the first look at the folder and the lock."""
+    from fastmim.config import ConfigError
+    from fastmim.run_directory import CONFIG_FILE, RunDirectory
+
+    monkeypatch.setattr(RunDirectory, "_claim", lambda self: (self.path / CONFIG_FILE).write_text("seed: 1\n"))
+    with pytest.raises(ConfigError, match="already holds a run"):
+        RunDirectory(tmp_path / "run", resuming=False)
+
+
+def test_runs_that_start_within_a_second_have_folders_of_their_own(tmp_path, monkeypatch):
+    from fastmim import run_directory
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_directory.time, "strftime", lambda form: "20260101-000000")
+    names = [run_directory.new_run("mae").name for _ in range(3)]
+    assert names == ["mae-20260101-000000", "mae-20260101-000000-2", "mae-20260101-000000-3"]
+
+
+def test_a_folder_that_cannot_be_made_exits_6(images, monkeypatch, capsys):
+    code, said = run(capsys, "train", "--data", str(images), *SMALL, "--out", "/proc/run")
+    assert code == 6
+    assert (
+        said.startswith("error: --out: expected a folder that can be written, got /proc/run (")
+        and said.count("\n") == 1
+    )
+
+
 def test_corrupt_jpeg_names_the_path_and_skip_goes_on(images, server, tmp_path):
     data = tmp_path / "images"
-    shutil.copytree(images / "train", data)
-    victim = data / "class1" / "004.jpg"
-    victim.write_bytes(victim.read_bytes()[:300])
+    shutil.copytree(images, data)
+    victim, seen = data / "train" / "class1" / "004.jpg", data / "val" / "class0" / "000.jpg"  # the first to be drawn
+    for path in (victim, seen):
+        path.write_bytes(path.read_bytes()[:300])
     base = ["train", "--method", "mae", "--data", str(data), *TINY, "--steps", "8"]
     said = server.run([*base, "--out", str(tmp_path / "a")], code=4)
     assert str(victim) in said.splitlines()[-1] and "--on-bad-image skip" in said
     said = server.run([*base, "--out", str(tmp_path / "b"), "--on-bad-image", "skip"])
     assert "1 unreadable images were replaced" in said and str(victim) in said
+    # k-NN and the pictures leave theirs out.
+    for bad in (victim, seen):
+        assert said.count(f"1 unreadable images of {bad.parents[1]} were left out, one of them {bad}: ") == 1
+    assert (tmp_path / "b" / "reconstructions" / "step-0000008.png").is_file()
 
 
 def test_door_of_another_checkout_names_both(tmp_path):

@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_number, check_scalar, check_tensor, check_tensors, check_written, describe, fail, is_float
+from ..checks import (
+    check_number,
+    check_scalar,
+    check_tensor,
+    check_tensors,
+    check_written,
+    describe,
+    fail,
+    is_float,
+    shown,
+)
 from ..registration import define
 
 __all__ = ["adamw_ema"]
@@ -149,12 +159,12 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, targets, copies) -> None:
 
 def _check_numbers(step, lr, betas, eps, decays, grad_scale, momentum, applied, has_targets, count, device) -> None:
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise fail("betas", "two numbers in [0, 1)", repr(betas), "pass a tuple of two", TypeError)
+        raise fail("betas", "two numbers in [0, 1)", shown(betas), "pass a tuple of two", TypeError)
     if len(decays) != count:
         raise fail("weight_decay", f"a number, or {count} of them", len(decays), "give one for each parameter")
-    decays = set(decays)
     for name, value in (("eps", eps), ("betas", betas[0]), ("betas", betas[1]), *(("weight_decay", d) for d in decays)):
         check_number(name, value)
+    decays = set(decays)
     for name, value in (("step", step), ("lr", lr), ("grad_scale", grad_scale), ("momentum", momentum)):
         if value is not None or name != "momentum":
             check_scalar(name, value, device)

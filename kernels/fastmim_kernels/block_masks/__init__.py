@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_grid, check_integer, check_number, check_rng, fail
+from ..checks import check_grid, check_integer, check_number, check_rng, fail, shown
 from ..masks import MaskIds
 from ..registration import define
 
@@ -59,7 +59,7 @@ def block_masking(
     if min_block < 1:
         raise fail("min_block", "at least 1 patch", min_block, "correct min_block")
     if not isinstance(aspect, (tuple, list)) or len(aspect) != 2:
-        raise fail("aspect", "two numbers", repr(aspect), "pass (lowest, highest)", TypeError)
+        raise fail("aspect", "two numbers", shown(aspect), "pass (lowest, highest)", TypeError)
     for end in aspect:
         check_number("aspect", end)
     # Sides stay far below the largest integers.

@@ -58,7 +58,7 @@ def block_masking(
         # Without an accepted one the box is empty.
         top, left, bottom, right = ((side * accepted).gather(1, first) for side in box)
         y, x = (torch.arange(n, device=ids.device) for n in grid)
-        mask |= ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
+        mask = mask | ((y >= top) & (y < bottom))[:, :, None] & ((x >= left) & (x < right))[:, None, :]
         missing = num_masked - mask.sum((1, 2))
     if not is_readable(missing) or missing.any():
         mask = fill(mask, missing, words[:, 0, 0, 0])

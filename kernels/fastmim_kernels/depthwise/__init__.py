@@ -13,8 +13,10 @@ __all__ = ["depthwise_patches"]
 def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
     """Convolve each channel with its own odd kernel, with zeros at masked patches and around the image.
 
-    In plain torch: put the patches at their places in a map of zeros (B, C, grid[0] * s, grid[1] * s), ``conv2d`` with
-    groups = C and "same" padding, and take the same patches out again. Sums are made in float32 or wider.
+    In plain torch, with ``h, w = grid`` and ``image = arange(B)[:, None]``: ``tiles = zeros(B, h * w, s, s, C)``;
+    ``tiles[image, ids] = x``; ``map = tiles.view(B, h, w, s, s, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * s, w * s)``;
+    ``map = F.conv2d(map, weight, bias, padding="same", groups=C)``; ``map.view(B, C, h, s, w, s).permute(0, 2, 4, 3, 5,
+    1).reshape(B, h * w, s, s, C)[image, ids]``. Sums are made in float32 or wider.
 
     Args:
         x: (B, K, s, s, C) feature maps of the visible patches, s x s pixels each.

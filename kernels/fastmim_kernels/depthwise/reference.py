@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import autocast
+from .. import autocast, dispatch
 
 
 def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -16,7 +16,8 @@ def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tenso
         index = ids[:, :, None, None, None].expand_as(x)
         whole = x.new_zeros(batch, h * w, s, s, width).scatter(1, index, x)
     image = whole.view(batch, h, w, s, s, width).permute(0, 5, 1, 3, 2, 4).reshape(batch, width, h * s, w * s)
-    image = image.contiguous(memory_format=torch.channels_last)
+    if not dispatch.is_transformed():  # vmap cannot do it
+        image = image.contiguous(memory_format=torch.channels_last)
     with autocast.disabled(x.device):
         image = F.conv2d(image, weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[2] // 2, groups=width)
     out = image.view(batch, width, h, s, w, s).permute(0, 2, 4, 3, 5, 1).reshape(batch, h * w, s, s, width)

@@ -15,6 +15,7 @@ __all__ = ["ema_update"]
 def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: float | Tensor) -> None:
     """Move every target towards its online tensor, in place: ``t += (1 - momentum) * (o - t)``, with no gradient.
 
+    In plain torch: ``torch._foreach_lerp_(targets, onlines, 1 - momentum)``, with ``onlines`` in the dtype of ``targets``.
     That form is computed as written, with one fused multiply-add where the machine has it (momentum > 0.5; below, the
     same up to rounding), so that a target equal to its online tensor stays exactly equal.
 

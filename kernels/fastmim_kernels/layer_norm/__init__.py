@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_number, check_tensor, describe, fail, is_float
+from ..checks import check_flag, check_number, check_tensor, describe, fail, is_float
 from ..registration import define
 
 __all__ = ["add_layer_norm"]
@@ -53,11 +53,10 @@ def add_layer_norm(
     _check("scale", scale, (width,), x)
     _check("row_scale", row_scale, (x.shape[0],), x)
     if weight is None or width == 0:
-        raise fail(
-            "weight", "a (D,) tensor, D at least 1", f"weight {weight}, D = {width}", "give one factor per channel"
-        )
+        raise fail("weight", "a (D,) tensor, D at least 1", describe(weight), "give one factor per channel")
     if row_scale is not None and row_scale.requires_grad and torch.is_grad_enabled():
         raise fail("row_scale", "a constant", "a tensor that requires a gradient", "detach it")
+    check_flag("prenorm", prenorm)
     check_number("eps", eps)
     if not 0 <= eps < float("inf"):
         raise fail("eps", "a finite number, 0 or more", eps, "correct eps")

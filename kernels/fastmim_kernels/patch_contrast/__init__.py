@@ -17,6 +17,10 @@ def patch_contrastive_loss(features: Tensor, src: Tensor, temperature: float) ->
     ``-1 / |P(i)| * sum_p log(exp(u_i . u_p / t) / sum_{a != i} exp(u_i . u_a / t))``. A patch without a partner counts
     as 0. Both sides carry the gradient. Computed in float32 even under autocast.
 
+    In plain torch, for one mixture: ``u = F.normalize(features, dim=1)``; ``s = u @ u.T / t``; ``own = eye(L).bool()``;
+    ``partners = (src[:, None] == src) & ~own``; ``count = partners.sum(1)``; ``everyone = s.masked_fill(own,
+    -inf).logsumexp(1)``; ``((everyone - (s * partners).sum(1) / count.clamp(min=1)) * (count > 0)).mean()``.
+
     Args:
         features: (G, L, D) floats, normalized here; patch tokens only.
         src: (G, L) int64, any label per patch.

@@ -31,7 +31,7 @@ def random_words(rng: Tensor, ids: Tensor, stream: int, count: int) -> Tensor:
 
     Word i = philox(counter=(i // 4, id low 32 bits, step low 32 bits, stream | (id >> 32 & 0xffff) << 16),
     key=(seed low 32 bits, seed high 32 bits))[i % 4]. No host synchronization; a captured CUDA graph draws anew when
-    rng changes.
+    rng changes. In plain torch: philox/reference.py, ten rounds of two products of 32 bits each.
 
     Args:
         rng: (2,) int64 = [seed, step], on the device of ids.

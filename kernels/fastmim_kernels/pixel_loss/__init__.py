@@ -4,7 +4,17 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_ids, check_images, check_number, check_patches, check_rank, fail, is_float
+from ..checks import (
+    check_choice,
+    check_flag,
+    check_ids,
+    check_images,
+    check_number,
+    check_patches,
+    check_rank,
+    fail,
+    is_float,
+)
 from ..registration import define
 
 __all__ = ["masked_pixel_loss"]
@@ -65,15 +75,13 @@ def masked_pixel_loss(
             f"shape {tuple(ids_masked.shape)}",
             "lower the number of kept patches",
         )
-    if not isinstance(norm, bool):
-        raise fail("norm", "True or False", repr(norm), "pass a bool", TypeError)
+    check_flag("norm", norm)
     if norm and expected[2] < 2:
         raise fail(
             "norm", "patches of at least 2 values", f"V = {expected[2]}", "pass norm=False: one value has no variance"
         )
     check_number("eps", eps)
-    if kind not in KINDS:
-        raise fail("kind", f"one of {', '.join(KINDS)}", repr(kind), "correct kind")
+    check_choice("kind", kind, KINDS)
     if dispatch.uses_reference("pixel_loss", pred.device, pred, images):
         return dispatch.reference("pixel_loss").masked_pixel_loss(
             pred, images, ids_masked, patch_size, mean=mean, std=std, size=(h, w), offset=offset, flip=flip, norm=norm,

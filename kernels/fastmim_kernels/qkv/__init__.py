@@ -17,7 +17,8 @@ LONGEST = 1024
 def qkv_attention(qkv: Tensor) -> Tensor:
     """Attention of every token to every token of its image.
 
-    In plain torch: ``q, k, v = qkv.permute(2, 0, 3, 1, 4)``; ``F.scaled_dot_product_attention(q, k, v).transpose(1, 2)``.
+    softmax(q k^T / sqrt(d)) v for each head. In plain torch: ``q, k, v = qkv.permute(2, 0, 3, 1, 4)``;
+    ``F.scaled_dot_product_attention(q, k, v).transpose(1, 2)``.
 
     Args:
         qkv: (B, N, 3, H, d) floats: queries, keys and values of H heads, as ``nn.Linear(D, 3 * D)`` gives them.

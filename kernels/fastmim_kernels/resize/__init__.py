@@ -7,7 +7,17 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..checks import check_constants, check_like, check_pair, check_pixels, check_rank, fail, is_float, is_readable
+from ..checks import (
+    check_choice,
+    check_constants,
+    check_like,
+    check_pair,
+    check_pixels,
+    check_rank,
+    fail,
+    is_float,
+    is_readable,
+)
 from ..registration import define
 
 __all__ = ["random_resized_crop"]
@@ -67,13 +77,12 @@ def random_resized_crop(
     size = check_pair("size", size)
     if min(size) < 1 or min(height, width) < 1 or max(size) > MAX_SIDE:
         raise fail("size", f"sides of 1..{MAX_SIDE} pixels", f"{tuple(size)} of {height}x{width}", "correct size")
-    if interpolation not in FILTERS:
-        raise fail("interpolation", f"one of {', '.join(FILTERS)}", repr(interpolation), "correct interpolation")
+    check_choice("interpolation", interpolation, FILTERS)
     if flip is not None:
         check_like("flip", flip, (batch,), torch.bool, images.device)
     check_constants(mean, std, channels)
-    is_level = dtype == torch.uint8 and images.dtype == torch.uint8 and mean is None
-    if not (is_level or is_float(dtype)):
+    is_level = dtype is torch.uint8 and images.dtype == torch.uint8 and mean is None
+    if isinstance(dtype, Tensor) or not (is_level or is_float(dtype)):
         expected = "a floating dtype, or uint8 for uint8 images without mean and std"
         raise fail("dtype", expected, dtype, "use torch.float32 or torch.bfloat16", TypeError)
     if dispatch.uses_reference("resize", images.device, images, dtype):

@@ -89,6 +89,8 @@ def shift_flip_jitter(
         if max_blur_sigma > MAX_SIGMA:
             raise fail("max_blur_sigma", f"at most {MAX_SIGMA} pixels", max_blur_sigma, "blur less")
     check_float_dtype(dtype)
+    if dispatch.is_transformed():
+        raise fail("images", "a batch outside of vmap and torch.func", "one inside", "call it on the batch itself")
     if dispatch.uses_reference("views", images.device, images, dtype):
         if images.is_meta:
             # Its reference looks at values.
