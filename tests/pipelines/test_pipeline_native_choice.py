@@ -86,7 +86,7 @@ def test_libjpeg_interface_is_that_of_the_header(tmp_path):
         "static_assert(jpeg::kLibVersion == JPEG_LIB_VERSION, \"version\");\n"
     )  # fmt: skip
     result = subprocess.run(
-        [compiler, "-std=c++17", "-fsyntax-only", tmp_path / "check.cpp"], capture_output=True, text=True
+        [compiler, "-std=c++20", "-fsyntax-only", tmp_path / "check.cpp"], capture_output=True, text=True
     )
     if "no header" in result.stderr or "version" in result.stderr:
         pytest.skip("no jpeglib.h of version 6.2 here")
