@@ -15,6 +15,8 @@ def case(
 ) -> Case:
     # Behind a GELU what lies between the two is rounded, too: twice the error, and sums that are no larger than it is.
     scale, tolerance = (2**-4, 4e-2) if function == "gelu_linear" else (1, 2e-2)
+    # A gradient adds up as many roundings as there are rows.
+    spread = 2**-5 if function == "gelu_linear" and torch.Size(rows).numel() > 1024 else 1
 
     def make(device: torch.device) -> Inputs:
         g = generator(22)
@@ -22,7 +24,7 @@ def case(
         def draw(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=g).to(device, torch.bfloat16)
 
-        x = draw(*rows, 2 * inputs)
+        x = spread * draw(*rows, 2 * inputs)
         return {
             "x": x[..., ::2] if is_strided else x[..., :inputs].contiguous(),
             "weight": scale * draw(outputs, inputs),
