@@ -1,4 +1,4 @@
-"""GELU of bfloat16 in C++ on 512-bit vectors: its gradient in half of torch's time, itself in the same."""
+"""GELU of bfloat16 in C++ on 512-bit vectors: its gradient in 0.6 of torch's time, itself in 1.2 of it."""
 
 import torch
 from torch import Tensor
