@@ -41,9 +41,6 @@ from safetensors.torch import load_file
 from storm import differences, last_checkpoint
 from trainer_run import ROOT, TINY, command, environment, metrics
 
-from fastmim.config import ConfigError
-from fastmim.testing import faults
-
 STEPS = 12
 # A process stops itself in its fifth step, where the test finds it however slow either is. The checkpoint of step 2 is on
 # disk then, because the save of step 4 has waited for it.
@@ -381,47 +378,6 @@ def test_no_network_is_needed(images, straight, tmp_path):
     done = subprocess.run(argv, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not differences(tmp_path / "run", straight[1])
-
-
-# -- the injector itself -----------------------------------------------------------------------------------------
-
-
-def test_every_point_exists_and_is_left_alone_without_a_fault(monkeypatch):
-    import importlib
-
-    for places in faults.POINTS.values():
-        for place in places:
-            module, _, path = place.partition(":")
-            owner = importlib.import_module(module)
-            for name in path.split("."):
-                owner = getattr(owner, name)
-            assert "wrapper" not in owner.__name__
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("save:renam:kill", "point: expected one of .*did you mean save:rename"),
-        ("save:rename:kil@2", "action: expected one of .*did you mean kill"),
-        ("save:rename:kill@", "expected POINT:ACTION"),
-    ],
-)
-def test_a_mistake_in_a_fault_is_one_line(text, words):
-    with pytest.raises(ConfigError, match=words):
-        faults.parse(text)
-
-
-def test_faults_are_due_when_their_text_says(monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-
-    def due(text: str) -> list[int]:
-        (fault,) = faults.parse(text)
-        return [i for i in range(1, 8) if fault.is_due()]
-
-    assert due("log:write:eio") == [1] and due("log:write:eio@3") == [3]
-    assert due("log:write:eio@5+#1") == [5, 6, 7] and due("log:write:eio@2-4") == [2, 3, 4]
-    assert due("log:write:eio@2+#0") == []
-    assert faults.parse("step:data:sleep=0.25")[0].value == 0.25
 
 
 def test_weights_on_disk_are_what_they_were_in_memory(start, tmp_path):

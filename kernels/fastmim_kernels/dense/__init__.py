@@ -168,10 +168,7 @@ class Product(torch.autograd.Function):
             refuse_second_derivative("linear")
         x, low = ctx.saved_tensors
         for_x = grad @ low if ctx.needs_input_grad[0] else None
-        has_bias = ctx.needs_input_grad[2]
-        for_weight, for_bias = BACKWARD(grad, x, has_bias)
-        weight_dtype, bias_dtype = ctx.dtypes
-        return for_x, for_weight.to(weight_dtype), for_bias.to(bias_dtype) if has_bias else None, None
+        return for_x, *_as_parameters(ctx, *BACKWARD(grad, x, ctx.needs_input_grad[2])), None
 
 
 class GeluProduct(Product):
@@ -185,7 +182,10 @@ class GeluProduct(Product):
     def backward(ctx, grad):
         if torch.is_grad_enabled():
             refuse_second_derivative("gelu_linear")
-        has_bias = ctx.needs_input_grad[2]
-        for_x, for_weight, for_bias = GELU_BACKWARD(grad, *ctx.saved_tensors, has_bias)
-        weight_dtype, bias_dtype = ctx.dtypes
-        return for_x, for_weight.to(weight_dtype), for_bias.to(bias_dtype) if has_bias else None, None
+        for_x, *others = GELU_BACKWARD(grad, *ctx.saved_tensors, ctx.needs_input_grad[2])
+        return for_x, *_as_parameters(ctx, *others), None
+
+
+def _as_parameters(ctx, for_weight: Tensor, for_bias: Tensor) -> tuple[Tensor, Tensor | None]:
+    weight_dtype, bias_dtype = ctx.dtypes
+    return for_weight.to(weight_dtype), for_bias.to(bias_dtype) if ctx.needs_input_grad[2] else None

@@ -13,15 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import native_library
+from ..qkv import LONGEST
 from . import allocate, allocate_backward
 
 _softmax = native_library.function("topk_softmax")
 _softmax_backward = native_library.function("topk_softmax_backward")
 _tiles = native_library.function("topk_tiles")
 _tiles_backward = native_library.function("topk_tiles_backward")
-
-# Longer rows: of each thread's (N, N) tables, two have to stay in its cache, or near it.
-LONGEST_ON_TILES = 1024
 
 # Scores at a time: 2 MB, a core's level 2 cache.
 BLOCK = 1 << 19
@@ -59,7 +57,7 @@ def _has_tiles() -> bool:
 
 
 def _uses_tiles(q: Tensor) -> bool:
-    return q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_ON_TILES and _has_tiles()
+    return q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST and _has_tiles()
 
 
 def _with_strides(*tensors: Tensor) -> tuple[tuple[Tensor, ...], ctypes.Array]:
