@@ -1,6 +1,6 @@
 """Storms: runs killed at random moments, and checkpoints with random damage. Both print what was survived.
 
-FASTMIM_STORM=200 makes the kills 200 (about 15 minutes on two idle cores) and the damages 1,000.
+FASTMIM_STORM=200 makes the kills 200 (about 15 minutes on two idle cores); the damages are 1,000 always.
 """
 
 import json
