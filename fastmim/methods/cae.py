@@ -355,12 +355,16 @@ PRESETS = {
     ),
     # Own choice, for the generated images on 2 CPU cores; see MAE's. In so few steps the published weight of the alignment
     # makes all latents alike: linear probe 30.8 % after 20 epochs with 2, 45.5 % after 30 with 0.2 (600 images, n = 1).
+    # Blocks hide half of so small a grid at a stretch: k-NN 28.8 %, linear probe 50.7 % after 50 epochs, with random masks
+    # 42.8 and 63.8 % (the same images, n = 1).
     "demo": Preset(
         dict(
             model="vit_pico", image_size=48, patch_size=8, batch_size=32, epochs=50.0, base_lr=8e-3,
             weight_decay=0.05, betas=(0.9, 0.999), clip=3.0, warmup="2ep", warmup_start=0.0, save_every="10ep",
             log_every=93, reconstruct_every="25ep",
         ),
-        Config(crop_scale=(0.4, 1.0), regressor_depth=1, decoder_depth=1, align_weight=0.05, drop_path=0.0),
+        Config(
+            mask="random", crop_scale=(0.4, 1.0), regressor_depth=1, decoder_depth=1, align_weight=0.05, drop_path=0.0
+        ),
     ),
 }  # fmt: skip

@@ -87,6 +87,15 @@ void accumulate(const bfloat16* strip, const bfloat16* panel, int64_t depth, boo
   _tile_stored(3, below + TILE, BYTES);
 }
 
+// Asks for the lines that `put` writes: they lie in other pages each, and come while the tiles are busy. Always inline: GCC
+// drops calls of functions that only prefetch.
+__attribute__((always_inline)) inline void expect(float* out, int64_t height, int64_t width, int64_t stride) {
+  for (int64_t i = 0; i < height; ++i, out += stride) {
+    __builtin_prefetch(out, 1);
+    if (width > TILE) __builtin_prefetch(out + TILE, 1);
+  }
+}
+
 // (height, width) of the gradient = sums, or += sums.
 void put(const float* sums, bool is_first, int64_t height, int64_t width, float* out, int64_t stride) {
   const __mmask16 left = static_cast<__mmask16>(first32(width)), right = static_cast<__mmask16>(first32(width) >> 16);
@@ -145,14 +154,18 @@ static Status linear_gradients(const void* grad, const void* x, int64_t rows, in
         const int64_t first = s * strip, last = std::min(outputs, first + strip);
         for (int64_t p = 0; p < panels; ++p) {
           const bfloat16* panel = all_panels + p * BLOCK * depth;
+          float* out = for_weight + p * BLOCK;
           // A piece of the panel stays in the level 1 cache while the strip passes by.
-          for (int64_t r = 0; r < depth; r += PIECE)
-            for (int64_t j = first; j < last; j += BLOCK)
-              accumulate(all_strips + j * depth + r * BLOCK, panel + r * BLOCK, std::min(PIECE, depth - r), r == 0,
-                         sums + (j - first) * BLOCK);
-          for (int64_t j = first; j < last; j += BLOCK)
-            put(sums + (j - first) * BLOCK, start == 0, std::min(BLOCK, last - j), std::min(BLOCK, inputs - p * BLOCK),
-                for_weight + j * inputs + p * BLOCK, inputs);
+          for (int64_t r = 0; r < depth; r += PIECE) {
+            const bool is_last = r + PIECE >= depth;
+            for (int64_t j = first; j < last; j += BLOCK) {
+              float* block = sums + (j - first) * BLOCK;
+              const int64_t height = std::min(BLOCK, last - j), width = std::min(BLOCK, inputs - p * BLOCK);
+              if (is_last) expect(out + j * inputs, height, width, inputs);
+              accumulate(all_strips + j * depth + r * BLOCK, panel + r * BLOCK, std::min(PIECE, depth - r), r == 0, block);
+              if (is_last) put(block, start == 0, height, width, out + j * inputs, inputs);
+            }
+          }
         }
       }
       _tile_release();

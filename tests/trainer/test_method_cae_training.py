@@ -268,5 +268,6 @@ def test_cae_demo_preset_builds_and_runs():
     preset = cae.PRESETS["demo"]
     config = dataclasses.replace(TrainConfig(method="cae"), **preset.train)
     method = base.build("cae", config.model_spec(), preset.options, 0)
-    assert method.model.grid == (6, 6) and method.mask.num_masked == 18
-    assert method(make_batch(method, 4), make_rng()).loss.isfinite()
+    batch, rng = make_batch(method, 4), make_rng()
+    assert method.model.grid == (6, 6) and method.mask(rng, batch.ids).ids_masked.shape == (4, 18)
+    assert method(batch, rng).loss.isfinite()

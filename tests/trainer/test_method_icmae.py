@@ -6,6 +6,7 @@ import pytest
 import torch
 from fastmim_pipelines.spec import Batch, CropSpec
 from icmae_case import MODES, NO_COLOR, SHAPES, TERMS, assert_same_parts, build, make_batch
+from method_checks import learn, waves
 from slow_icmae import draw_flips, slow_masks, slow_parts
 from slow_reference import assert_same_gradients, cut_view, doubles, make_rng, model_spec
 
@@ -181,6 +182,20 @@ def test_icmae_position_is_given_away_by_the_position_embedding_and_not_without(
     """On noise, nothing else tells where a patch was: below 0.1 after 200 steps, or chance (ln 24 = 3.18)."""
     assert trained_position(200) < 0.1
     assert trained_position(60, pos_drop=1.0) > 3.0
+
+
+@pytest.mark.parametrize("contrast, share", [("enc_cls", 0.5), ("sd_dec", 0.8)])
+def test_icmae_learns_fixed_pictures(monkeypatch, contrast, share):
+    """Waves of fixed masks: both reconstructions, the positions and the contrast get better together. At temperature 1,
+    which is sd_dec's, contrast cannot fall below 0.4 of where it starts."""
+    monkeypatch.setitem(SIZES, "vit_tiny", Size(64, 2, 4))
+    # Four equal channels: sd_dec wants patches of as many values as the encoder is wide.
+    method = build((16, 16, 4, 4), scrambled=False, color=NO_COLOR, contrast=contrast)
+    pictures = waves(16).expand(-1, 4, -1, -1).contiguous()
+    first, *_, last = learn(method, Batch((pictures, pictures), torch.arange(16)), steps=150, peak=3e-3)
+    for name in ("pixel_a", "pixel_b"):
+        assert last[name] < 0.5 * first[name], name
+    assert last["position"] < 0.2 * first["position"] and last["contrast"] < share * first["contrast"]
 
 
 @pytest.mark.parametrize("contrast, tolerance", [("enc_cls", 0.15), ("sd_dec", 0.05)])
