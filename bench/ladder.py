@@ -43,8 +43,9 @@ from fastmim.boot import prepare_process  # noqa: E402
 DEMO_DATA = Path("data/demo")
 # Steps that measure the speed for --minutes-per-method.
 TRIAL_STEPS = 60
-# What a step of so small an encoder costs besides its images, in the time that these FLOPs take: fitted to two trainings.
-STEP_FLOPS = 5.6e9
+# What a step of so small an encoder costs besides its images, in the time that these FLOPs take: the step itself, and each of
+# the tensors of weights, which make it start operations. Fitted to one training of each method.
+STEP_FLOPS, TENSOR_FLOPS = 7.6e9, 4.1e7
 # Set for this process by its start; a training finds its own.
 OURS = ("OMP_NUM_THREADS", "MASTER_PORT")
 
@@ -312,16 +313,21 @@ def ladder(argv: list[str]) -> int:
 
 def cost(method: str, seed: int, args: argparse.Namespace) -> float:
     """What an image costs in FLOPs, where a formula says; a training that cannot start has none."""
+    import torch
+
     from fastmim.arguments import parse_train
     from fastmim.config import ConfigError
     from fastmim.flops import training_flops
+    from fastmim.methods import base
 
     try:
         config = parse_train(train_command(method, seed, ["--epochs", "1"], Path("runs"), ".", args)[2:])
+        with torch.device("meta"):
+            tensors = len(list(base.build(method, config.model_spec(), config.options, 0).parameters()))
     except ConfigError:
         return 0.0
     found = training_flops(method, config.model_spec(), config.options)
-    return 0.0 if found is None else found.training + STEP_FLOPS / config.batch_size
+    return 0.0 if found is None else found.training + (STEP_FLOPS + TENSOR_FLOPS * tensors) / config.batch_size
 
 
 def core_shares(jobs: int) -> list[list[int]]:

@@ -99,6 +99,7 @@ def test_longest_trainings_begin_first(monkeypatch):
         return cost(method, 0, parse([*arguments]))
 
     assert of("icmae") > of("mae") > 0, "two views and two decoders"
+    assert of("cae") > of("mae"), "fewer FLOPs in more operations"
     assert of("mae", "--image-size", "192") > 8 * of("mae"), "16 times the patches, in as many steps"
     assert of("mae", "--extra", "--mae.no-such-option", "1") == 0
 
