@@ -24,8 +24,11 @@ from fastmim.tokenizer.pickled import PICKLE_ERRORS, Inert, Reader, Storage, Vie
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 INERT_MODULES = ("deepspeed", "argparse")
-INERT_NAMES = {("torch", "Tensor"), *(("torch", str(t).removeprefix("torch.")) for t in
-               (torch.float32, torch.float16, torch.bfloat16))}  # fmt: skip
+# Python 3.11.0 to 3.11.3 write a member of an enumeration as getattr(class, name): here that looks nothing up.
+INERT_NAMES = {
+    ("__builtin__", "getattr"), ("builtins", "getattr"), ("torch", "Tensor"),
+    *(("torch", str(t).removeprefix("torch.")) for t in (torch.float32, torch.float16, torch.bfloat16)),
+}  # fmt: skip
 
 
 def zero_import(

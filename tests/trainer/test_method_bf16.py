@@ -3,6 +3,8 @@
 Projection heads have ReLU behind batch norm. Rounding changes a few signs there (0.2 to 0.5 % in these cases), and each turns
 the gradient of a unit on or off: however little is rounded, the distance is about the root of the share of signs that
 changed, 0.05 to 0.15, in plain torch as here. So contrastive methods are compared at the signs of the float32 pass.
+Larger ones are nearer: vit_tiny/16 at 96 pixels on 64 of the demo images, at the start and after 20 steps, CMAE 0.010 to 0.013
+and ICMAE 0.012 to 0.015 at the same signs, both 0.03 to 0.05 without.
 """
 
 import pytest
