@@ -53,6 +53,7 @@ class Config:
     """Area of the random crop."""
     regressor_depth: int = 4
     decoder_depth: int = 4
+    """0: the regressor's latents are mapped to the target by the last layer alone, the paper's ablation."""
     decoder_width: int | None = None
     """Of regressor and decoder; none: the encoder's. Source: 768 for vit_base; 1024 is meant for vit_large."""
     decoder_heads: int | None = None
@@ -180,19 +181,24 @@ class Head(Linear):
 
 
 class LatentDecoder(nn.Module):
-    """Predicted latents of the masked patches -> what these patches are. It sees nothing else. Source: `Decoder`."""
+    """Predicted latents of the masked patches -> what these patches are. It sees nothing else. Source: `Decoder`.
+
+    Without blocks it is the last layer alone: the latents come from a norm.
+    """
 
     def __init__(self, model: ModelSpec, width: int, heads: int, depth: int, layer_scale: float, values: int):
         super().__init__()
         self.register_buffer("position", sincos_position(width, model.grid, "row")[1:], persistent=False)
         self.blocks = nn.ModuleList(Block(width, heads, layer_scale=layer_scale, key_bias=False) for _ in range(depth))
-        self.norm = Norm(width)
+        self.norm = Norm(width) if depth else None
         self.head = Head(width, values)
 
     def forward(
         self, latent: Tensor, ids_masked: Tensor, drop: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor | TokenLoss:
         """(B, M, D) latents of the patches (B, M); see `Head` for labels and result."""
+        if self.norm is None:
+            return self.head(latent, labels)
         x = latent + self.position[ids_masked]
         return self.head(self.norm(*run_blocks(self.blocks, x, drop=drop))[0], labels)
 
@@ -215,9 +221,8 @@ class CAE(Method):
         width, heads = config.decoder_width or size.width, config.decoder_heads or size.heads
         if width % 4 or width % heads:
             raise ConfigError(f"cae decoder_width: expected a multiple of 4 and of {heads} heads, got {width}")
-        if min(config.regressor_depth, config.decoder_depth) < 1:
-            depths = f"{config.regressor_depth} and {config.decoder_depth}"
-            raise ConfigError(f"cae regressor_depth, decoder_depth: expected at least 1 block, got {depths}")
+        check_range("--cae.regressor-depth", config.regressor_depth, 1)
+        check_range("--cae.decoder-depth", config.decoder_depth, 0)
         if not 0 <= config.drop_path < 1:
             raise ConfigError(f"cae drop_path: expected 0 <= rate < 1, got {config.drop_path}")
         scale = config.layer_scale if config.layer_scale is not None else (1e-5 if is_large else 0.1)

@@ -10,9 +10,9 @@ namespace fastmim {
 #ifdef FASTMIM_HAS_TILES
 namespace {
 
-constexpr int64_t SLICE = 1024;  // rows at a time
-constexpr int64_t STRIP = 256;   // outputs at a time: a slice of their gradients then takes 512 KB, of the level 2 cache
-constexpr int64_t PIECE = 256;   // rows of a panel that are used for all outputs of a strip: 16 KB, of the level 1 cache
+constexpr int64_t SLICE = 1024;       // rows at a time
+constexpr int64_t STRIP = 512;        // outputs at a time: a slice of their gradients then takes 1 MB, and
+constexpr int64_t GROUP = 512 << 10;  // bytes of x that they meet before the next: both fit the level 2 cache
 constexpr int64_t TILE = 16;
 
 // 32 columns of x from row r on, as zeros outside the matrix.
@@ -56,47 +56,47 @@ void pack_strip(const bfloat16* grad, int64_t rows, int64_t width, int64_t start
   _mm512_store_ps(sums + TILE, high);
 }
 
-// c (32, 32) += strip (depth) times panel (depth); from zero if it is the first piece.
-void accumulate(const bfloat16* strip, const bfloat16* panel, int64_t depth, bool is_first, float* c) {
-  constexpr size_t BYTES = BLOCK * sizeof(float);
-  float *right = c + TILE, *below = c + TILE * BLOCK;
+// c (32, 32), `stride` floats apart, = or += strip (depth) times panel (depth). The sums stay in tiles: storing them takes as
+// long as a fifth of a product of depth 800. Meanwhile it asks for the lines of the block at `next`, a few per step: they lie
+// in other pages each, and asked for at once they hold up the loads of the tiles. An address, as it may lie outside.
+void accumulate(const bfloat16* strip, const bfloat16* panel, int64_t depth, bool is_first, float* c, int64_t stride,
+                uintptr_t next) {
+  const size_t bytes = static_cast<size_t>(stride) * sizeof(float);
+  float *right = c + TILE, *below = c + TILE * stride;
   if (is_first) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
   } else {
-    _tile_loadd(0, c, BYTES);
-    _tile_loadd(1, right, BYTES);
-    _tile_loadd(2, below, BYTES);
-    _tile_loadd(3, below + TILE, BYTES);
+    _tile_loadd(0, c, bytes);
+    _tile_loadd(1, right, bytes);
+    _tile_loadd(2, below, bytes);
+    _tile_loadd(3, below + TILE, bytes);
   }
+  const int64_t rows_per_step = (BLOCK * BLOCK + depth - 1) / depth;
+  int64_t asked = 0;
   for (int64_t r = 0; r < depth; r += BLOCK, strip += BLOCK * BLOCK, panel += BLOCK * BLOCK) {
     _tile_loadd(4, strip, 64);
     _tile_loadd(6, panel, 128);
     _tile_loadd(7, panel + BLOCK, 128);
+    for (const int64_t end = std::min(BLOCK, asked + rows_per_step); asked < end; ++asked, next += bytes) {
+      __builtin_prefetch(reinterpret_cast<const void*>(next), 1);
+      __builtin_prefetch(reinterpret_cast<const void*>(next + 64), 1);
+    }
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
     _tile_loadd(5, strip + TILE * BLOCK, 64);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
-  _tile_stored(0, c, BYTES);
-  _tile_stored(1, right, BYTES);
-  _tile_stored(2, below, BYTES);
-  _tile_stored(3, below + TILE, BYTES);
+  _tile_stored(0, c, bytes);
+  _tile_stored(1, right, bytes);
+  _tile_stored(2, below, bytes);
+  _tile_stored(3, below + TILE, bytes);
 }
 
-// Asks for the lines that `put` writes: they lie in other pages each, and come while the tiles are busy. Always inline: GCC
-// drops calls of functions that only prefetch.
-__attribute__((always_inline)) inline void expect(float* out, int64_t height, int64_t width, int64_t stride) {
-  for (int64_t i = 0; i < height; ++i, out += stride) {
-    __builtin_prefetch(out, 1);
-    if (width > TILE) __builtin_prefetch(out + TILE, 1);
-  }
-}
-
-// (height, width) of the gradient = sums, or += sums.
+// (height, width) of the gradient = sums (32, 32), or += sums.
 void put(const float* sums, bool is_first, int64_t height, int64_t width, float* out, int64_t stride) {
   const __mmask16 left = static_cast<__mmask16>(first32(width)), right = static_cast<__mmask16>(first32(width) >> 16);
   for (int64_t i = 0; i < height; ++i, sums += BLOCK, out += stride) {
@@ -129,9 +129,11 @@ static Status linear_gradients(const void* grad, const void* x, int64_t rows, in
   // Enough strips for all threads, each of whole blocks.
   const int64_t strip = std::clamp(blocks_up(outputs / std::max<int64_t>(1, threads)), BLOCK, STRIP);
   const int64_t strips = (outputs + strip - 1) / strip;
-  Floats packed((lefts + panels) * BLOCK * slice / 2), column_sums(lefts * BLOCK);
-  auto* all_strips = reinterpret_cast<bfloat16*>(packed.at(0));
-  bfloat16* all_panels = all_strips + lefts * BLOCK * slice;
+  // Each worker packs its strips to one place, which stays in its cache.
+  const int64_t workers = std::min(threads, strips);
+  Floats packed((panels * BLOCK + workers * strip) * slice / 2), column_sums(lefts * BLOCK);
+  auto* all_panels = reinterpret_cast<bfloat16*>(packed.at(0));
+  bfloat16* all_strips = all_panels + panels * BLOCK * slice;
   std::fill_n(column_sums.at(0), lefts * BLOCK, 0.0f);
   for (int64_t start = 0; start < rows; start += slice) {
     const int64_t depth = blocks_up(std::min(slice, rows - start));
@@ -141,29 +143,32 @@ static Status linear_gradients(const void* grad, const void* x, int64_t rows, in
         for (int64_t p = begin; p < end; ++p)
           pack_panel(in, rows, inputs, start + r, p * BLOCK, all_panels + p * BLOCK * depth + r * BLOCK);
     });
-    parallel_for(lefts, 1, threads, [&](int64_t begin, int64_t end, int64_t) {
-      for (int64_t r = 0; r < depth; r += BLOCK)
-        for (int64_t l = begin; l < end; ++l)
-          pack_strip(g, rows, outputs, start + r, l * BLOCK, all_strips + l * BLOCK * depth + r * BLOCK,
-                     column_sums.at(l * BLOCK));
-    });
-    parallel_for(strips, 1, threads, [&](int64_t begin, int64_t end, int64_t) {
+    const int64_t group = std::max<int64_t>(1, GROUP / (BLOCK * depth * int64_t{sizeof(bfloat16)}));
+    parallel_for(strips, 1, workers, [&](int64_t begin, int64_t end, int64_t worker) {
       configure_tiles();
-      alignas(64) float sums[STRIP * BLOCK];
+      bfloat16* lefts_here = all_strips + worker * strip * slice;
+      alignas(64) float sums[BLOCK * BLOCK];
       for (int64_t s = begin; s < end; ++s) {
         const int64_t first = s * strip, last = std::min(outputs, first + strip);
-        for (int64_t p = 0; p < panels; ++p) {
-          const bfloat16* panel = all_panels + p * BLOCK * depth;
-          float* out = for_weight + p * BLOCK;
-          // A piece of the panel stays in the level 1 cache while the strip passes by.
-          for (int64_t r = 0; r < depth; r += PIECE) {
-            const bool is_last = r + PIECE >= depth;
-            for (int64_t j = first; j < last; j += BLOCK) {
-              float* block = sums + (j - first) * BLOCK;
-              const int64_t height = std::min(BLOCK, last - j), width = std::min(BLOCK, inputs - p * BLOCK);
-              if (is_last) expect(out + j * inputs, height, width, inputs);
-              accumulate(all_strips + j * depth + r * BLOCK, panel + r * BLOCK, std::min(PIECE, depth - r), r == 0, block);
-              if (is_last) put(block, start == 0, height, width, out + j * inputs, inputs);
+        for (int64_t r = 0; r < depth; r += BLOCK)
+          for (int64_t j = first; j < last; j += BLOCK)
+            pack_strip(g, rows, outputs, start + r, j, lefts_here + (j - first) * depth + r * BLOCK, column_sums.at(j));
+        for (int64_t p = 0; p < panels; p += group) {
+          const int64_t inner = p * BLOCK, outer = std::min(inputs, (p + group) * BLOCK);
+          // Along the rows of the gradient, as it lies in memory.
+          for (int64_t j = first; j < last; j += BLOCK) {
+            for (int64_t i = inner; i < outer; i += BLOCK) {
+              const int64_t height = std::min(BLOCK, outputs - j), width = std::min(BLOCK, inputs - i);
+              const bfloat16 *left = lefts_here + (j - first) * depth, *right = all_panels + i * depth;
+              float* out = for_weight + j * inputs + i;
+              if (height < BLOCK || width < BLOCK) {
+                accumulate(left, right, depth, true, sums, BLOCK, reinterpret_cast<uintptr_t>(out));
+                put(sums, start == 0, height, width, out, inputs);
+                continue;
+              }
+              const int64_t next = i + BLOCK < outer ? j * inputs + i + BLOCK : (j + BLOCK) * inputs + inner;
+              accumulate(left, right, depth, start == 0, out, inputs,
+                         reinterpret_cast<uintptr_t>(for_weight) + static_cast<size_t>(next) * sizeof(float));
             }
           }
         }

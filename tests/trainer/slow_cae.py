@@ -172,10 +172,13 @@ def slow_terms(
         table = position_table(visible.shape[1], m.grid, "row")[1:]
         predicted = slow_regress(under(weights, "regressor"), visible, table[seen], table[hidden], heads, drops[b][2])
         align = align + 2.0 * ((predicted - target) ** 2).mean() / count
-        x = predicted + table[hidden]
-        for i, drop in enumerate(drops[b][3]):
-            x = slow_block(under(weights, f"decoder.blocks.{i}"), x, heads, drop)
-        out = linear(weights, "decoder.head", layer_norm(weights, "decoder.norm", x))
+        x = predicted
+        if depths[1]:
+            x = x + table[hidden]
+            for i, drop in enumerate(drops[b][3]):
+                x = slow_block(under(weights, f"decoder.blocks.{i}"), x, heads, drop)
+            x = layer_norm(weights, "decoder.norm", x)
+        out = linear(weights, "decoder.head", x)
         if tokens is None:
             rows = patch_rows(view, m.patch_size)[hidden]
             if normalize:

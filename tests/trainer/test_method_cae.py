@@ -66,6 +66,21 @@ def test_cae_with_another_decoder_width_projects_both_branches(small):
 
 
 @pytest.mark.parametrize("target", ["pixel", "tokens"])
+def test_cae_without_decoder_predicts_from_the_regressors_latents(small, target):
+    tokenizer = Brightness() if target == "tokens" else None
+    method = build(decoder_depth=0, align_weight=0.0, tokenizer=tokenizer)
+    assert [n for n, _ in method.decoder.named_parameters()] == ["head.weight", "head.bias"]
+    batch, rng = make_batch(method), make_rng()
+    tokens = None if tokenizer is None else tokens_of(tokenizer, batch, rng)
+    output, weights = method(batch, rng), doubles(method)
+    decoded, _, _ = slow_terms(method, weights, batch, rng, depths=(2, 0), tokens=tokens, **CASE)
+    assert output.loss.item() == pytest.approx(decoded.item(), rel=1e-5)
+    output.loss.backward()
+    decoded.backward()
+    assert_same_gradients(method, weights)
+
+
+@pytest.mark.parametrize("target", ["pixel", "tokens"])
 def test_cae_with_random_masks_and_plain_pixels_equals_the_slow_recomputation(small, target):
     tokenizer = Brightness() if target == "tokens" else None
     method = build(mask="random", norm_pix=False, tokenizer=tokenizer)

@@ -188,8 +188,8 @@ def test_cae_refuses_a_decoder_width_that_its_heads_do_not_divide(small):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(regressor_depth=0), "expected at least 1 block, got 0 and 1"),
-        (dict(decoder_depth=0), "expected at least 1 block, got 2 and 0"),
+        (dict(regressor_depth=0), "--cae.regressor-depth: expected at least 1, finite, got 0"),
+        (dict(decoder_depth=-1), "--cae.decoder-depth: expected at least 0, finite, got -1"),
         (dict(drop_path=1.0), "drop_path: expected 0 <= rate < 1, got 1.0"),
         (dict(drop_path=-0.1), "drop_path"),
     ],
