@@ -13,26 +13,25 @@ Ways to take the same step, on the same weights, images and masks, in turns, so 
     hf         transformers' ViTMAE with fused attention and fused AdamW
     lightly    lightly's MAE modules, the same
 
-The last three where they are installed; what is missing is said, in the file, too. The losses of several steps must agree
-before anything is timed. A line of JSON per way and case, added as soon as it is measured: a file that has a case already
+The last three where they are installed; what is missing is said, in the file, too. On a CPU each way has a process of its
+own (turns.py). The losses of several steps must agree before anything is timed. A line of JSON per way and case, added as soon as it is measured: a file that has a case already
 is left as it is there, so that a broken run goes on where it stopped. Times on a CPU are process CPU time per thread. First
 and last come the machine's ceilings, a matrix product and a copy.
 """
 
 import argparse
-import math
 import statistics
 import sys
 import time
+from contextlib import ExitStack
 from operator import truediv
 from pathlib import Path
 
 import peers
 import report
 import torch
-from counters import counted
 from fastmim_kernels import dispatch
-from machine import DEVICE, IS_GPU, allocated, between_ceilings, clock, machine
+from machine import DEVICE, IS_GPU, between_ceilings, machine
 from points import Points
 from providers import (
     Compiled,
@@ -46,9 +45,9 @@ from providers import (
     Stock,
     compile_mode,
 )
+from turns import ABSENT, Apart, Facts, Here
 
 from fastmim.bench import config_of
-from fastmim.config import ConfigError
 from fastmim.device import default_precision
 from fastmim.flops import mfu, peak_flops, training_flops
 from fastmim.methods import base as methods
@@ -58,6 +57,7 @@ MAKE: dict[str, type[Ours]] = {
     "timm": peers.Timm, "hf": peers.HuggingFace, "lightly": peers.Lightly,
 }  # fmt: skip
 WAYS = tuple(MAKE)
+PLACE = Here if IS_GPU else Apart
 OTHER, WRONG = "ours, another batch", "its losses differ from ours"
 # Relative to ours, over the steps before timing.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
@@ -79,79 +79,81 @@ def why_not(way: str, method: str) -> str:
 # ---- measuring
 
 
-def warm(kind: type[Ours], case: dict, checked: int) -> Ours:
-    """A way with its `losses` of some steps, `first_step_s`, and `peak_mib` on a GPU: what a step needs, weights included."""
-    before, began = allocated(), time.perf_counter()
-    way = kind(case)
-    way.losses, way.peak_mib = [], None
-    for i in range(checked):
-        way.prepare()
-        # Not the first, in which compilers try things; but a graph takes its memory when it is captured.
-        if IS_GPU and i == min(1, checked - 1):
-            torch.cuda.reset_peak_memory_stats()
-        way.losses.append(float(way.step()))
-        if i == 0:
-            way.first_step_s = time.perf_counter() - began
-    if IS_GPU:
-        way.peak_mib = (torch.cuda.max_memory_allocated() - before) / 2**20
-    assert all(map(math.isfinite, way.losses)), f"no speed for losses {way.losses}"
-    return way
+def measure(
+    case: dict,
+    ways: list[str],
+    rounds: int,
+    checked: int,
+    seconds: float,
+    ceiling: dict,
+    place: type[Here] | type[Apart],
+) -> list[dict]:
+    """One record per way, without times where losses differ: there is no speed for another computation.
 
-
-def measure(case: dict, ways: list[str], rounds: int, checked: int, seconds: float, ceiling: dict) -> list[dict]:
-    """One record per way, without times where losses differ: there is no speed for another computation."""
+    Args:
+        case: see `make_case`.
+        rounds, seconds: of timing, whichever ends first; at least 3 rounds.
+        checked: steps whose losses are compared first.
+        ceiling: of the machine, see `machine.ceilings`.
+        place: where ways run, see turns.py.
+    """
     # Once: it would take the compiled steps of other ways, too.
     torch._dynamo.reset()
-    found: dict[str, Ours] = {}
-    absent = []
-    for way in ways:
-        try:
-            found[way] = warm(MAKE[way], case, checked)
-        except (LookupError, ImportError, ConfigError, torch.OutOfMemoryError) as e:
-            if way == "ours":
-                raise
-            absent.append(_missing(case, way, str(e).splitlines()[0], is_final=True))
-    expected = found["ours"].losses
-    errors = {way: max(abs(a - b) / abs(b) for a, b in zip(each.losses, expected)) for way, each in found.items()}
-    for way, error in errors.items():
-        allowed = max(TOLERANCE[case["precision"]], found[way].tolerance)
-        if error > allowed:
-            why = f"{WRONG} by {error:.1e}, {allowed:.0e} are allowed"
-            absent.append(_missing(case, way, why, is_final=True))
-            del found[way]
-    if not IS_GPU:
-        found[OTHER] = warm(Ours, case | {"batch_size": other_batch(found["ours"])}, 2)
-    times: dict[str, list[float]] = {way: [] for way in found}
-    began = time.perf_counter()
-    for _ in range(rounds):
-        for way, each in found.items():
-            each.prepare()
-            start = clock()
-            each.step()
-            times[way].append(clock() - start)
-        if time.perf_counter() - began > seconds and len(times["ours"]) >= 3:
-            break
-    other = found.pop(OTHER, None)
-    records = [_record(case, way, each, times[way], errors[way], ceiling) for way, each in found.items()]
-    for record in records:
-        record["slower"] = statistics.median(map(truediv, times[record["provider"]], times["ours"]))
-    if other is not None:
-        records[0] |= {
-            "micro_batches": found["ours"].parts, "other_batch": other.batch_size, "other_micro_batches": other.parts,
-            "other_ms": 1e3 * statistics.median(times[OTHER]),
-        }  # fmt: skip
-    return records + absent
+    with ExitStack() as stack:
+
+        def start(way: str, kind: type[Ours], case: dict, checked: int) -> None:
+            found[way] = place(kind, case, checked)
+            stack.callback(found[way].close)
+
+        found: dict[str, Here | Apart] = {}
+        absent = []
+        for way in ways:
+            try:
+                start(way, MAKE[way], case, checked)
+            except ABSENT as e:
+                if way == "ours":
+                    raise
+                absent.append(_missing(case, way, str(e).splitlines()[0], is_final=True))
+        expected = found["ours"].facts.losses
+        errors = {
+            way: max(abs(a - b) / abs(b) for a, b in zip(each.facts.losses, expected)) for way, each in found.items()
+        }
+        for way, error in errors.items():
+            allowed = max(TOLERANCE[case["precision"]], MAKE[way].tolerance)
+            if error > allowed:
+                why = f"{WRONG} by {error:.1e}, {allowed:.0e} are allowed"
+                absent.append(_missing(case, way, why, is_final=True))
+                del found[way]
+        if not IS_GPU:
+            start(OTHER, Ours, case | {"batch_size": other_batch(found["ours"].facts)}, 2)
+        times: dict[str, list[float]] = {way: [] for way in found}
+        began = time.perf_counter()
+        for _ in range(rounds):
+            for way, each in found.items():
+                times[way].append(each.turn())
+            if time.perf_counter() - began > seconds and len(times["ours"]) >= 3:
+                break
+        other = found.pop(OTHER, None)
+        records = [_record(case, way, each, times[way], errors[way], ceiling) for way, each in found.items()]
+        for record in records:
+            record["slower"] = statistics.median(map(truediv, times[record["provider"]], times["ours"]))
+        if other is not None:
+            records[0] |= {
+                "micro_batches": found["ours"].facts.parts, "other_batch": other.facts.batch_size,
+                "other_micro_batches": other.facts.parts, "other_ms": 1e3 * statistics.median(times[OTHER]),
+            }  # fmt: skip
+        return records + absent
 
 
-def other_batch(ours: Ours) -> int:
+def other_batch(ours: Facts) -> int:
     """A second batch, from which `fastmim plan` learns what of a step does not grow with the batch: a quarter, if that can
     be, else twice as many images."""
-    group = max(2, ours.method.batch_multiple)
+    group = max(2, ours.batch_multiple)
     quarter = ours.batch_size // 4 // group * group
     return quarter or 2 * ours.batch_size
 
 
-def _record(case: dict, way: str, each: Ours, times: list[float], error: float, ceiling: dict) -> dict:
+def _record(case: dict, way: str, each: Here | Apart, times: list[float], error: float, ceiling: dict) -> dict:
     rounds = [round(1e3 * t, 4) for t in times]
     ms = sorted(rounds)
     config = config_of(case)
@@ -163,9 +165,13 @@ def _record(case: dict, way: str, each: Ours, times: list[float], error: float, 
     return {
         "suite": "step", **case, "provider": way, "backend": ours_on(), "n": len(ms), "rounds_ms": rounds, "ms": middle, "ms_20": ms[len(ms) // 5],
         "ms_80": ms[-1 - len(ms) // 5], "images_per_s": speed, "mfu_measured": mfu(speed, flops, product),
-        "mfu_datasheet": mfu(speed, flops, peak), "first_step_s": each.first_step_s, "loss_error": error,
-        **counted(each), **({"peak_mib": each.peak_mib} if IS_GPU else {}), **machine(),
+        "mfu_datasheet": mfu(speed, flops, peak), "first_step_s": each.facts.first_step_s, "loss_error": error,
+        **each.counted(), **({"peak_mib": each.facts.peak_mib} if IS_GPU else {}), "processes": processes(each), **machine(),
     }  # fmt: skip
+
+
+def processes(each: Here | Apart) -> str:
+    return "one for each way" if isinstance(each, Apart) else "one for all ways"
 
 
 def ours_on() -> str:
@@ -178,8 +184,16 @@ def _missing(case: dict, way: str, why: str, is_final: bool = False) -> dict:
     return {"suite": "missing", **case, "provider": way, "why": why, "is_final": is_final, **machine()}
 
 
-def run(cases: list[dict], ways: list[str], path: Path | None, rounds: int, checked: int, seconds: float) -> list[dict]:
-    """Measures what the file lacks; returns all records of it."""
+def run(
+    cases: list[dict],
+    ways: list[str],
+    path: Path | None,
+    rounds: int,
+    checked: int,
+    seconds: float,
+    place: type[Here] | type[Apart] = PLACE,
+) -> list[dict]:
+    """Measures what the file lacks; returns all records of it. See `measure`."""
     points = Points(path)
     wanted = {describe(case): [w for w in ways if not why_not(w, case["method"])] for case in cases}
     todo = [
@@ -197,7 +211,7 @@ def run(cases: list[dict], ways: list[str], path: Path | None, rounds: int, chec
         for case in todo:
             absent = {w: why_not(w, case["method"]) for w in ways}
             try:
-                new = measure(case, wanted[describe(case)], rounds, checked, seconds, ceiling)
+                new = measure(case, wanted[describe(case)], rounds, checked, seconds, ceiling, place)
             except torch.OutOfMemoryError as e:
                 new = [_missing(case, way, str(e).splitlines()[0], is_final=True) for way in wanted[describe(case)]]
             points.add([*new, *(_missing(case, way, why) for way, why in absent.items() if why)])
@@ -270,13 +284,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=100 if IS_GPU else 10)
     parser.add_argument("--checked", type=int, default=20, help="steps whose losses are compared first (default 20)")
     parser.add_argument("--seconds", type=float, default=60, help="of timing per case, at most (default 60)")
+    parser.add_argument("--one-process", action="store_true", help="for all ways, as always on a GPU")
     parser.add_argument("--report", action="store_true", help="only write tables and pictures of the file, beside it")
     args = parser.parse_args()
     if not args.report:
         cases = [make_case(m, model, args.image_size, args.patch_size, b, p) for m in args.methods for model in args.models
                  for b in args.batch_sizes for p in args.precisions]  # fmt: skip
         ways = ["ours", *(w for w in args.providers if w != "ours")]
-        records = run(cases, ways, args.json, args.rounds, args.checked, args.seconds)
+        records = run(
+            cases, ways, args.json, args.rounds, args.checked, args.seconds, Here if args.one_process else PLACE
+        )
     if args.json is not None:
         report.write_report(args.json)
     return int(not args.report and any(r.get("why", "").startswith(WRONG) for r in records))

@@ -52,7 +52,7 @@ def latest(records: Iterable[dict], key: Callable[[dict], Hashable]) -> list[dic
 
 
 # Of a record, as a reader wants to see them.
-ORIGIN = (("device", "{}"), ("threads", "{} thread(s)"), ("backend", "{} kernels"), ("torch", "torch {}"), ("triton", "Triton {}"), ("python", "Python {}"),
+ORIGIN = (("device", "{}"), ("threads", "{} thread(s)"), ("backend", "{} kernels"), ("processes", "processes: {}"), ("torch", "torch {}"), ("triton", "Triton {}"), ("python", "Python {}"),
           ("commit", "commit {}"))  # fmt: skip
 
 

@@ -64,7 +64,7 @@ def test_other_packages_take_our_step(step, way):
     reason = step.why_not(way, "mae")
     if reason:
         pytest.skip(reason)
-    theirs, ours = (step.warm(step.MAKE[name], case(step, "mae"), 3) for name in (way, "ours"))
+    theirs, ours = (step.Here(step.MAKE[name], case(step, "mae"), 3).facts for name in (way, "ours"))
     assert theirs.losses == pytest.approx(ours.losses, rel=step.TOLERANCE["fp32"])
     assert len(set(ours.losses)) == 3
 
@@ -73,7 +73,13 @@ def test_ways_agree_are_counted_and_missing_ones_are_said(step, tmp_path, capsys
     monkeypatch.setattr(step.MAKE["timm"], "needs", "no_such_package")
     path = tmp_path / "steps.jsonl"
     found = step.run(
-        [case(step, "cmae")], ["ours", "plain", "official", "timm", "hf"], path, rounds=3, checked=3, seconds=60
+        [case(step, "cmae")],
+        ["ours", "plain", "official", "timm", "hf"],
+        path,
+        rounds=3,
+        checked=3,
+        seconds=60,
+        place=step.Here,
     )
     ways = {r["provider"]: r for r in found if r["suite"] == "step"}
     assert list(ways) == ["ours", "plain", "official"] and all(r["loss_error"] <= 1e-5 for r in ways.values())
@@ -98,7 +104,9 @@ def test_a_package_with_other_names_is_missing_not_wrong(step, monkeypatch):
             raise LookupError("this version of a_package has other names: head.weight")
 
     monkeypatch.setitem(step.MAKE, "hf", Renamed)
-    new = step.measure(case(step, "mae"), ["ours", "hf"], rounds=3, checked=1, seconds=60, ceiling=CEILING)
+    new = step.measure(
+        case(step, "mae"), ["ours", "hf"], rounds=3, checked=1, seconds=60, ceiling=CEILING, place=step.Here
+    )
     assert [(r["suite"], r["provider"]) for r in new] == [("step", "ours"), ("missing", "hf")]
     assert new[1]["why"].endswith("head.weight")
 
@@ -113,6 +121,7 @@ def test_nothing_is_timed_if_losses_differ(step, tmp_path, monkeypatch):
     arguments = [
         "bench_step.py", "--json", str(path), "--methods", "mae", "--models", "vit_pico", "--batch-sizes", "4", "--image-size", "32",
         "--patch-size", "8", "--precisions", "fp32", "--providers", "official", "--rounds", "3", "--checked", "2",
+        "--one-process",
     ]  # fmt: skip
     monkeypatch.setattr(sys, "argv", arguments)
     assert step.main() == 1
@@ -127,7 +136,7 @@ def test_what_the_trainer_offers_takes_our_step(step, way, method, monkeypatch):
     """The captured step (on a CPU its program, uncaptured) and compiled blocks (here on torch's eager backend)."""
     providers = importlib.import_module("providers")
     monkeypatch.setattr(providers, "compile_blocks", lambda method: compiling.compile_blocks(method, "eager"))
-    theirs, ours = (step.warm(getattr(providers, name), case(step, method), 3) for name in (way, "Ours"))
+    theirs, ours = (step.Here(getattr(providers, name), case(step, method), 3).facts for name in (way, "Ours"))
     assert theirs.losses == pytest.approx(ours.losses, rel=1e-6)
 
 
