@@ -2,7 +2,7 @@
 
 On a CPU leave the bias to ``F.linear``, which adds it for nothing, as ``functional.linear_gelu`` does: with a bias, x in low
 precision is added and activated in float32, for one rounding in place of two, which is slower than ``F.gelu(x + bias)``. On
-a GPU the op saves a pass over the activations. The native twin is for bfloat16 without a bias, on 512-bit vectors (AVX-512).
+a GPU the op saves a pass over the activations. The native twin is for bfloat16 without a bias.
 """
 
 import torch

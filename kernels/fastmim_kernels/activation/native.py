@@ -1,4 +1,4 @@
-"""GELU of bfloat16 in C++ on 512-bit vectors: its gradient in 0.6 of torch's time, itself in 1.2 of it."""
+"""GELU of bfloat16 in C++, looked up in a table of all numbers: 0.4 of torch's time in cache, and its gradient."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,6 @@ from . import allocate, allocate_backward
 
 _gelu = native_library.function("gelu")
 _gelu_backward = native_library.function("gelu_backward")
-# Raises ImportError where the CPU has no such vectors: then there is no native implementation.
-_gelu(None, None, 0, 1)
 
 
 def bias_gelu(x: Tensor, bias: None) -> Tensor:
