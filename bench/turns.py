@@ -18,6 +18,7 @@ from providers import Ours
 
 from fastmim.config import ConfigError
 
+PATIENCE_S = 20
 # Why there is no such way here; other errors are mistakes.
 ABSENT = (LookupError, ImportError, ConfigError, torch.OutOfMemoryError)
 
@@ -102,6 +103,8 @@ class Apart:
         return self._answer()
 
     def close(self) -> None:
+        self._pipe.close()  # which ends `_serve`
+        self._process.join(PATIENCE_S)
         self._process.kill()
         self._process.join()
 
