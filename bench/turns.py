@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import peers
 import torch
 from counters import counted
 from machine import IS_GPU, allocated, clock
@@ -123,6 +124,9 @@ def _serve(pipe, threads: int, kind: type[Ours], case: dict, checked: int) -> No
     """An `Apart`'s process: makes the way, then does what it is told."""
     torch.set_num_threads(threads)
     try:
+        why = peers.missing(kind.needs) if kind.needs else ""
+        if why:
+            raise ImportError(why)
         here = Here(kind, case, checked)
     except ABSENT as e:
         # Its words alone: not every error survives the way through a pipe.

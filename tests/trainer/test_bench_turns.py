@@ -24,12 +24,22 @@ def bench(monkeypatch):
 class Absent:
     """A way that cannot be."""
 
+    needs = ""
+
     def __init__(self, case):
         raise ImportError(f"no package for {case}")
 
 
+class Missing:
+    """A way of a package that is not there."""
+
+    needs = "no_such_package"
+
+
 class Dying:
     """A way whose process ends."""
+
+    needs = ""
 
     def __init__(self, case):
         os._exit(3)
@@ -52,7 +62,12 @@ def test_a_way_apart_is_the_way_here(bench):
 
 
 @pytest.mark.parametrize(
-    "kind, error, message", [(Absent, LookupError, "no package for"), (Dying, RuntimeError, "exit code 3")]
+    "kind, error, message",
+    [
+        (Absent, LookupError, "no package for"),
+        (Missing, LookupError, "no_such_package is not installed"),
+        (Dying, RuntimeError, "exit code 3"),
+    ],
 )
 def test_a_way_apart_that_cannot_start_says_why(bench, kind, error, message):
     with pytest.raises(error, match=message):
