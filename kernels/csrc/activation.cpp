@@ -2,14 +2,7 @@
 // depend on the CPU; a GELU takes less than half of the time that a polynomial takes.
 #include <cmath>
 
-#include "kernel.h"
-
-#ifdef __AVX512F__
-// GCC 12 takes its own headers' deliberately undefined vectors for mistakes (its bug 105593).
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#include <immintrin.h>
-#endif
+#include "functions.h"
 
 namespace fastmim {
 namespace {
