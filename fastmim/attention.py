@@ -98,10 +98,28 @@ CHOSEN: dict[Size, str] = {}
 _seen: dict[Size, int] | None = None
 
 
-def attend_packed(qkv: Tensor) -> Tensor:
-    """Self-attention of (B, N, 3, heads, d) -> (B, N, heads, d)."""
-    name = name_for(qkv, qkv.shape[1], qkv.shape[1])
-    return qkv_attention(qkv) if name == "kernels" else CANDIDATES[name].compute(*qkv.unbind(2))
+class Biased(NamedTuple):
+    """Self-attention with numbers added to the scores of every image: of (B, heads, N, d) tensors, or of packed projections.
+
+    Args:
+        bias: (heads, N, N), rows are queries.
+    """
+
+    bias: Tensor
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return by_head(q, k, v, self.bias)
+
+
+def attend_packed(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Self-attention of (B, N, 3, heads, d) -> (B, N, heads, d); bias: see `Biased`."""
+    if bias is None:
+        name = name_for(qkv, qkv.shape[1], qkv.shape[1])
+        return qkv_attention(qkv) if name == "kernels" else CANDIDATES[name].compute(*qkv.unbind(2))
+    # Of the others, torch's own alone takes a bias.
+    if default_of(qkv.device.type) == "kernels":
+        return qkv_attention(qkv, bias)
+    return _heads_first(Biased(bias), *qkv.unbind(2))
 
 
 def attend_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from fastmim_kernels import Stream, add_layer_norm, gather_tokens, gelu_linear, 
 from fastmim_kernels.qkv import attention
 from torch import Tensor, nn
 
-from fastmim.attention import attend_packed, attend_tokens, takes_packed
+from fastmim.attention import Biased, attend_packed, attend_tokens, takes_packed
 from fastmim.recompute import Recomputed, called
 
 NORM_EPS = 1e-6
@@ -88,7 +88,10 @@ class Attention(nn.Module):
             # Also for some rows: a function may know its queries by their places, and the kernel for all of them is
             # faster than plain torch for a part.
             qkv = self._split(self.qkv(x) if qkv is None else qkv, 3)
-            out = attend_packed(qkv) if attend is attention else _by_head(attend, *qkv.unbind(2))
+            if isinstance(attend, Biased):
+                out = attend_packed(qkv, attend.bias)
+            else:
+                out = attend_packed(qkv) if attend is attention else _by_head(attend, *qkv.unbind(2))
             return self.proj(out.flatten(2) if rows is None else gather_tokens(out.flatten(2), rows))
         if qkv is None:
             queries, others = self.qkv(x, gather_tokens(x, rows))

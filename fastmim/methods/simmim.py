@@ -6,7 +6,6 @@ docs/adding-a-method.md.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from fastmim_kernels import gather_tokens, restore_tokens
@@ -14,7 +13,8 @@ from fastmim_pipelines.spec import Batch, CropSpec
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastmim.blocks import attention, random_drop_path
+from fastmim.attention import Biased
+from fastmim.blocks import random_drop_path
 from fastmim.config import SIZES, ConfigError, ModelSpec, check_range
 from fastmim.masking import CellPolicy, MaskPlan
 from fastmim.methods.base import Method, Preset, StepOutput
@@ -62,7 +62,7 @@ class RelativeBias(nn.Module):
 
     def forward(self) -> Tensor:
         """(heads, 1 + L, 1 + L), rows are queries."""
-        return self.table[self.index].permute(2, 0, 1)
+        return self.table[self.index].permute(2, 0, 1).contiguous()
 
 
 class MaskedEncoder(Encoder):
@@ -89,7 +89,7 @@ class MaskedEncoder(Encoder):
 
         Without `ids_restore`, the patches are all L of them.
         """
-        return super().forward(patches, ids_restore, attend=partial(attention, bias=self.relative_bias()), drop=drop)
+        return super().forward(patches, ids_restore, attend=Biased(self.relative_bias()), drop=drop)
 
 
 def initialize(encoder: MaskedEncoder) -> None:

@@ -1,20 +1,24 @@
-// Attention to all keys, or to the best of each query, in bfloat16 by matrix tiles (AMX); where the compiler's target has
-// none, the functions say so and Python takes another way.
+// Attention to all keys, with or without numbers added to the scores, or to the best of each query, in bfloat16; where the
+// compiler's target does not multiply bfloat16, the functions say so and Python takes another way.
 //
-// One (image, head) at a time: its rows are copied into padded tables that the tiles can load, so neither the caller nor
+// One (image, head) at a time: its rows are copied into padded tables that the products can load, so neither the caller nor
 // the kernel ever writes a permuted copy of the batch. Queries come in blocks of rows; a block's scores live in the cache.
 // The backward pass computes the probabilities again from the saved logarithm of their sum.
 #include "functions.h"
+#include "products.h"
 #include "selection.h"
-#include "tiles.h"
 
 namespace fastmim {
 
-#ifdef FASTMIM_HAS_TILES
+#ifdef FASTMIM_HAS_PRODUCTS
 namespace {
 
-constexpr int64_t FEW = 16;  // queries at a time in the forward pass: their scores, and what they become, fit into level 1
+constexpr int64_t FEW = HALF;  // queries at a time in the forward pass: their scores, and what they become, fit into level 1
 constexpr float LOG2_E = 1.44269504f;
+constexpr int64_t IMAGES = 16;  // whose gradients of the bias one thread sums: so any number of threads gives the same bits
+
+// The keys that a query attends to, and by what scores.
+enum Kind { ALL, BIASED, BEST };
 
 // Writes rows of floats (columns `stride` apart) as bfloat16, each times its factor.
 inline void write_row(const float* x, float factor, int64_t width, bfloat16* out) {
@@ -61,25 +65,6 @@ inline __mmask16 inside(int64_t length, int64_t j) {
   return static_cast<__mmask16>((uint32_t{1} << std::clamp<int64_t>(length - j, 0, 16)) - 1);
 }
 
-// c (16, n) = a (16, k) b (k, n); n, k multiples of 32. b in pairs of rows, as in `product`.
-inline void short_product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int64_t n, int64_t k, float* c) {
-  const size_t a_bytes = static_cast<size_t>(a_stride) * 2, b_bytes = static_cast<size_t>(n) * 4;
-  for (int64_t j = 0; j < n; j += BLOCK) {
-    _tile_zero(0);
-    _tile_zero(1);
-    for (int64_t p = 0; p < k; p += BLOCK) {
-      const bfloat16* right = b + (p / 2 * n + j) * PAIR;
-      _tile_loadd(4, a + p, a_bytes);
-      _tile_loadd(6, right, b_bytes);
-      _tile_loadd(7, right + 16 * PAIR, b_bytes);
-      _tile_dpbf16ps(0, 4, 6);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    _tile_stored(0, c + j, b_bytes);
-    _tile_stored(1, c + j + 16, b_bytes);
-  }
-}
-
 struct Shape {
   int64_t length, heads, width;
   int64_t rows() const { return blocks_up(length); }
@@ -110,6 +95,12 @@ struct Selection {
   const Quota* quota;     // the forward pass's
   const int64_t* labels;  // (batch, length - prefix), or null
   int64_t* counts;        // (batch, heads, length - prefix): keys kept that have the query's label; or null
+};
+
+// Added to the scores of all images.
+struct Bias {
+  const float* values;  // (heads, length, length), rows are queries
+  float* grad;          // the same, of padded rows, for every IMAGES images; or null
 };
 
 // Room of one worker, cut up in order.
@@ -145,17 +136,29 @@ __attribute__((always_inline)) inline void prefetch_row(const Shape& s, const In
 }
 
 // The columns whose keys a query attends to: all, or the prefix and those whose scores reach `least`.
-template <bool SELECTS>
+template <Kind KIND>
 inline __mmask16 attended(const Shape& s, const Selection& select, const float* row, int64_t j, float least) {
-  if constexpr (!SELECTS) return inside(s.length, j);
+  if constexpr (KIND != BEST) return inside(s.length, j);
   // Not less, instead of at least: a NaN shall come through to the result.
   const __mmask16 kept = _mm512_cmp_ps_mask(_mm512_loadu_ps(row + j), _mm512_set1_ps(least), _CMP_NLT_UQ);
   return inside(s.length, j) & (kept | inside(select.prefix, j));
 }
 
-template <bool SELECTS>
-void forward_head(const Shape& s, const Inputs& x, float scale, const Selection& select, int64_t item, float* room,
-                  const Output& out, float* sums) {
+// 16 numbers of the bias of a query.
+inline __m512 bias_at(const Shape& s, const Bias& bias, int64_t item, int64_t query, int64_t j) {
+  const float* row = bias.values + (item % s.heads * s.length + std::min(query, s.length - 1)) * s.length;
+  return _mm512_mul_ps(_mm512_maskz_loadu_ps(inside(s.length, j), row + j), _mm512_set1_ps(LOG2_E));
+}
+
+// The (image, head) that is computed after this one.
+template <Kind KIND>
+int64_t after(const Shape& s, int64_t item) {
+  return item + (KIND == BIASED ? s.heads : 1);
+}
+
+template <Kind KIND>
+void forward_head(const Shape& s, const Inputs& x, float scale, const Selection& select, const Bias& bias, int64_t item,
+                  float* room, const Output& out, float* sums) {
   const int64_t n = s.rows(), d = s.columns(), patches = s.length - select.prefix;
   Room cut(room);
   bfloat16 *q = cut.halves(n * d), *rows = cut.halves(n * d), *k = cut.halves(n * d), *v = cut.halves(n * d);
@@ -167,16 +170,16 @@ void forward_head(const Shape& s, const Inputs& x, float scale, const Selection&
   float *scores = cut.floats(BLOCK * n), *mixed = cut.floats(BLOCK * d);
   bfloat16* p = cut.halves(BLOCK * n);
   [[maybe_unused]] float *space = cut.floats(n), *codes = cut.floats(n);
-  if (SELECTS && select.counts) label_codes(select.labels + item / s.heads * patches, patches, codes);
+  if (KIND == BEST && select.counts) label_codes(select.labels + item / s.heads * patches, patches, codes);
   const __m512 factor = _mm512_set1_ps(scale * LOG2_E);
   for (int64_t i = 0; i < s.length; i += FEW) {
     short_product(q + i * d, d, k, n, d, scores);
     alignas(64) float top[FEW], total[FEW];
     for (int64_t r = 0; r < FEW; ++r) {
-      for (const Input& table : {x.q, x.k, x.v}) prefetch_row(s, table, item + 1, i + r);
-      const float* row = scores + r * n;
+      for (const Input& table : {x.q, x.k, x.v}) prefetch_row(s, table, after<KIND>(s, item), i + r);
+      float* row = scores + r * n;
       float least = -__builtin_huge_valf();
-      if constexpr (SELECTS) {
+      if constexpr (KIND == BEST) {
         if (i + r >= select.prefix && i + r < s.length) {
           const int64_t patch = i + r - select.prefix;
           least = threshold(row + select.prefix, *select.quota, space);
@@ -187,13 +190,20 @@ void forward_head(const Shape& s, const Inputs& x, float scale, const Selection&
         if (i + r < s.length) select.least[item * s.length + i + r] = least;
       }
       __m512 most = _mm512_set1_ps(-__builtin_huge_valf());
-      for (int64_t j = 0; j < s.length; j += 16)
-        most = _mm512_mask_max_ps(most, inside(s.length, j), most, _mm512_mul_ps(_mm512_loadu_ps(row + j), factor));
+      for (int64_t j = 0; j < s.length; j += 16) {
+        __m512 power = _mm512_mul_ps(_mm512_loadu_ps(row + j), factor);
+        if constexpr (KIND == BIASED) {
+          power = _mm512_add_ps(power, bias_at(s, bias, item, i + r, j));
+          _mm512_storeu_ps(row + j, power);
+        }
+        most = _mm512_mask_max_ps(most, inside(s.length, j), most, power);
+      }
       top[r] = _mm512_reduce_max_ps(most);
       __m512 sum = _mm512_setzero_ps();
       for (int64_t j = 0; j < n; j += 16) {
-        const __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, _mm512_set1_ps(top[r]));
-        const __m512 e = _mm512_maskz_mov_ps(attended<SELECTS>(s, select, row, j, least), exp2(power));
+        const __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), KIND == BIASED ? _mm512_set1_ps(1.0f) : factor,
+                                             _mm512_set1_ps(top[r]));
+        const __m512 e = _mm512_maskz_mov_ps(attended<KIND>(s, select, row, j, least), exp2(power));
         sum = _mm512_add_ps(sum, e);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + r * n + j), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(e)));
       }
@@ -207,9 +217,9 @@ void forward_head(const Shape& s, const Inputs& x, float scale, const Selection&
   }
 }
 
-template <bool SELECTS>
+template <Kind KIND>
 void backward_head(const Shape& s, const Input& grad, const Inputs& x, const float* sums, float scale,
-                   const Selection& select, int64_t item, float* room, const Gradients& out) {
+                   const Selection& select, const Bias& bias, int64_t item, float* room, const Gradients& out) {
   const int64_t n = s.rows(), d = s.columns();
   Room cut(room);
   bfloat16 *q = cut.halves(n * d), *g = cut.halves(n * d), *rows = cut.halves(n * d), *pairs = cut.halves(n * d);
@@ -231,6 +241,9 @@ void backward_head(const Shape& s, const Input& grad, const Inputs& x, const flo
   float *p = cut.floats(BLOCK * n), *dp = cut.floats(BLOCK * n), *result = cut.floats(n * d);
   bfloat16 *ds = cut.halves(BLOCK * n), *p_pairs = cut.halves(n * n), *ds_pairs = cut.halves(n * n);
   const __m512 factor = _mm512_set1_ps(scale * LOG2_E), by_scale = _mm512_set1_ps(scale);
+  [[maybe_unused]] float* for_bias = nullptr;
+  if (KIND == BIASED && bias.grad)
+    for_bias = bias.grad + (item / s.heads / IMAGES * s.heads + item % s.heads) * s.length * n;
   for (int64_t i = 0; i < n; i += BLOCK) {
     product(q + i * d, d, kt, n, BLOCK, n, d, p, n);
     product(g + i * d, d, vt, n, BLOCK, n, d, dp, n);
@@ -239,13 +252,14 @@ void backward_head(const Shape& s, const Input& grad, const Inputs& x, const flo
       for (int64_t t = 0; t < PAIR; ++t) {
         float *row = p + (r + t) * n, *slope = dp + (r + t) * n;
         const bool counts = i + r + t < s.length;
-        for (const Input& table : {x.q, x.k, x.v, grad}) prefetch_row(s, table, item + 1, i + r + t);
-        const float least = SELECTS && counts ? select.least[item * s.length + i + r + t] : 0;
+        for (const Input& table : {x.q, x.k, x.v, grad}) prefetch_row(s, table, after<KIND>(s, item), i + r + t);
+        const float least = KIND == BEST && counts ? select.least[item * s.length + i + r + t] : 0;
         sum[t] = _mm512_set1_ps(counts ? sums[item * s.length + i + r + t] : 0);
         along[t] = _mm512_setzero_ps();
         for (int64_t j = 0; j < n; j += 16) {
-          const __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, sum[t]);
-          const __m512 e = _mm512_maskz_mov_ps(counts ? attended<SELECTS>(s, select, row, j, least) : 0, exp2(power));
+          __m512 power = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), factor, sum[t]);
+          if constexpr (KIND == BIASED) power = _mm512_add_ps(power, bias_at(s, bias, item, i + r + t, j));
+          const __m512 e = _mm512_maskz_mov_ps(counts ? attended<KIND>(s, select, row, j, least) : 0, exp2(power));
           _mm512_storeu_ps(row + j, e);
           along[t] = _mm512_fmadd_ps(e, _mm512_loadu_ps(slope + j), along[t]);
         }
@@ -258,6 +272,12 @@ void backward_head(const Shape& s, const Input& grad, const Inputs& x, const flo
           const int64_t at = (r + t) * n + j;
           const __m512 e = _mm512_loadu_ps(p + at);
           const __m512 along_row = _mm512_sub_ps(_mm512_loadu_ps(dp + at), along[t]);
+          if constexpr (KIND == BIASED) {
+            if (for_bias && i + r + t < s.length) {
+              float* here = for_bias + (i + r + t) * n + j;
+              _mm512_store_ps(here, _mm512_fmadd_ps(e, along_row, _mm512_load_ps(here)));
+            }
+          }
           prob[t] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(e));
           slope[t] = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_mul_ps(e, by_scale), along_row)));
           _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds + at), slope[t]);
@@ -280,32 +300,52 @@ void backward_head(const Shape& s, const Input& grad, const Inputs& x, const flo
 }
 
 template <class Head>
-Status for_heads(const Shape& s, int64_t batch, int64_t threads, Head&& head) {
-  if (!ask_for_tiles()) return NO_HARDWARE;
-  const int64_t room = room_for(s);
+Status for_heads(const Shape& s, int64_t batch, int64_t at_once, int64_t threads, Head&& head) {
+  if (!can_multiply()) return NO_HARDWARE;
+  const int64_t room = room_for(s), groups = (batch + at_once - 1) / at_once;
   Floats scratch(room * std::max<int64_t>(1, threads));
-  parallel_for(batch * s.heads, 1, threads, [&](int64_t begin, int64_t end, int64_t worker) {
-    // Per thread, and others use the tiles, too: torch's products configure them anew when they need to.
-    configure_tiles();
-    for (int64_t item = begin; item < end; ++item) head(item, scratch.at(worker * room));
-    _tile_release();
+  parallel_for(groups * s.heads, 1, threads, [&](int64_t begin, int64_t end, int64_t worker) {
+    const Multiplier multiplier;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / s.heads * at_once, last = std::min(batch, first + at_once);
+      for (int64_t image = first; image < last; ++image)
+        head(image * s.heads + i % s.heads, scratch.at(worker * room));
+    }
   });
   return OK;
 }
 
-template <bool SELECTS>
-Status forward(const Shape& s, const Inputs& x, double scale, const Selection& select, const Output& out, float* sums,
-               int64_t batch, int64_t threads) {
-  return for_heads(s, batch, threads, [&](int64_t item, float* room) {
-    forward_head<SELECTS>(s, x, static_cast<float>(scale), select, item, room, out, sums);
+// Images of which a thread computes the same head one after another: with a bias, its rows then stay in the cache.
+template <Kind KIND>
+constexpr int64_t AT_ONCE = KIND == BIASED ? IMAGES : 1;
+
+template <Kind KIND>
+Status forward(const Shape& s, const Inputs& x, double scale, const Selection& select, const Bias& bias, const Output& out,
+               float* sums, int64_t batch, int64_t threads) {
+  return for_heads(s, batch, AT_ONCE<KIND>, threads, [&](int64_t item, float* room) {
+    forward_head<KIND>(s, x, static_cast<float>(scale), select, bias, item, room, out, sums);
   });
 }
 
-template <bool SELECTS>
+template <Kind KIND>
 Status backward(const Shape& s, const Input& grad, const Inputs& x, const float* sums, double scale,
-                const Selection& select, const Gradients& out, int64_t batch, int64_t threads) {
-  return for_heads(s, batch, threads, [&](int64_t item, float* room) {
-    backward_head<SELECTS>(s, grad, x, sums, static_cast<float>(scale), select, item, room, out);
+                const Selection& select, const Bias& bias, const Gradients& out, int64_t batch, int64_t threads) {
+  return for_heads(s, batch, AT_ONCE<KIND>, threads, [&](int64_t item, float* room) {
+    backward_head<KIND>(s, grad, x, sums, static_cast<float>(scale), select, bias, item, room, out);
+  });
+}
+
+// The gradient of the bias, (heads, length, length), from its sums over IMAGES images each, in order.
+void add_groups(const Shape& s, const float* sums, int64_t groups, int64_t threads, float* out) {
+  const int64_t n = s.rows(), rows = s.heads * s.length;
+  parallel_for(rows, 1, threads, [&](int64_t begin, int64_t end, int64_t) {
+    for (int64_t r = begin; r < end; ++r) {
+      for (int64_t j = 0; j < s.length; j += 16) {
+        __m512 total = _mm512_setzero_ps();
+        for (int64_t g = 0; g < groups; ++g) total = _mm512_add_ps(total, _mm512_load_ps(sums + (g * rows + r) * n + j));
+        _mm512_mask_storeu_ps(out + r * s.length + j, inside(s.length, j), total);
+      }
+    }
   });
 }
 
@@ -325,35 +365,46 @@ Tokens<T> strided(Data* data, const int64_t* strides, int64_t i) {
 }  // namespace
 #endif
 
-// qkv (batch, length, 3, heads, width) and out (batch, length, heads, width), bfloat16. sums (batch, heads, length): the
-// logarithms to base 2 of the sums that the softmax divides by.
-static Status qkv_attention(const void* qkv, double scale, int64_t batch, int64_t length, int64_t heads, int64_t width,
-                            void* out, float* sums, int64_t threads) {
-#ifdef FASTMIM_HAS_TILES
+// qkv (batch, length, 3, heads, width) and out (batch, length, heads, width), bfloat16; bias (heads, length, length) or null.
+// sums (batch, heads, length): the logarithms to base 2 of the sums that the softmax divides by.
+static Status qkv_attention(const void* qkv, const float* bias, double scale, int64_t batch, int64_t length, int64_t heads,
+                            int64_t width, void* out, float* sums, int64_t threads) {
+#ifdef FASTMIM_HAS_PRODUCTS
   const Shape s{length, heads, width};
   const auto* x = static_cast<const bfloat16*>(qkv);
   const Inputs inputs{slot(s, x, 3, 0), slot(s, x, 3, 1), slot(s, x, 3, 2)};
-  return forward<false>(s, inputs, scale, {}, slot(s, static_cast<bfloat16*>(out), 1, 0), sums, batch, threads);
+  const auto result = slot(s, static_cast<bfloat16*>(out), 1, 0);
+  if (bias) return forward<BIASED>(s, inputs, scale, {}, {bias, nullptr}, result, sums, batch, threads);
+  return forward<ALL>(s, inputs, scale, {}, {}, result, sums, batch, threads);
 #else
-  (void)qkv, (void)scale, (void)batch, (void)length, (void)heads, (void)width, (void)out, (void)sums, (void)threads;
+  (void)qkv, (void)bias, (void)scale, (void)batch, (void)length, (void)heads, (void)width, (void)out, (void)sums,
+      (void)threads;
   return NO_HARDWARE;
 #endif
 }
 
-// grad like out; for_qkv like qkv.
-static Status qkv_attention_backward(const void* grad, const void* qkv, const float* sums, double scale, int64_t batch,
-                                     int64_t length, int64_t heads, int64_t width, void* for_qkv, int64_t threads) {
-#ifdef FASTMIM_HAS_TILES
+// grad like out; for_qkv like qkv; for_bias like bias, or null.
+static Status qkv_attention_backward(const void* grad, const void* qkv, const float* bias, const float* sums, double scale,
+                                     int64_t batch, int64_t length, int64_t heads, int64_t width, void* for_qkv,
+                                     float* for_bias, int64_t threads) {
+#ifdef FASTMIM_HAS_PRODUCTS
   const Shape s{length, heads, width};
-  const auto* x = static_cast<const bfloat16*>(qkv);
+  const auto *x = static_cast<const bfloat16*>(qkv), *g = static_cast<const bfloat16*>(grad);
   auto* out = static_cast<bfloat16*>(for_qkv);
   const Inputs inputs{slot(s, x, 3, 0), slot(s, x, 3, 1), slot(s, x, 3, 2)};
   const Gradients outputs{slot(s, out, 3, 0), slot(s, out, 3, 1), slot(s, out, 3, 2)};
-  return backward<false>(s, slot(s, static_cast<const bfloat16*>(grad), 1, 0), inputs, sums, scale, {}, outputs, batch,
-                         threads);
+  if (!bias) return backward<ALL>(s, slot(s, g, 1, 0), inputs, sums, scale, {}, {}, outputs, batch, threads);
+  const int64_t groups = (batch + IMAGES - 1) / IMAGES, size = for_bias ? groups * heads * length * s.rows() : 0;
+  Floats group_sums(size);
+  std::fill_n(group_sums.at(0), size, 0.0f);
+  const Bias added{bias, for_bias ? group_sums.at(0) : nullptr};
+  const Status status =
+      backward<BIASED>(s, slot(s, g, 1, 0), inputs, sums, scale, {}, added, outputs, batch, threads);
+  if (for_bias && status == OK) add_groups(s, group_sums.at(0), groups, threads, for_bias);
+  return status;
 #else
-  (void)grad, (void)qkv, (void)sums, (void)scale, (void)batch, (void)length, (void)heads, (void)width, (void)for_qkv,
-      (void)threads;
+  (void)grad, (void)qkv, (void)bias, (void)sums, (void)scale, (void)batch, (void)length, (void)heads, (void)width,
+      (void)for_qkv, (void)for_bias, (void)threads;
   return NO_HARDWARE;
 #endif
 }
@@ -364,11 +415,11 @@ static Status qkv_attention_backward(const void* grad, const void* qkv, const fl
 static Status topk_tiles(const void* q, const void* k, const void* v, void* out, const int64_t* strides, double scale,
                          int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t prefix, int64_t topk,
                          float* sums, float* least, const int64_t* labels, int64_t* counts, int64_t threads) {
-#ifdef FASTMIM_HAS_TILES
+#ifdef FASTMIM_HAS_PRODUCTS
   using In = const bfloat16;
   const Inputs inputs{strided<In>(q, strides, 0), strided<In>(k, strides, 1), strided<In>(v, strides, 2)};
   const Quota quota(length - prefix, topk);
-  return forward<true>({length, heads, width}, inputs, scale, {prefix, least, &quota, labels, counts},
+  return forward<BEST>({length, heads, width}, inputs, scale, {prefix, least, &quota, labels, counts}, {},
                        strided<bfloat16>(out, strides, 3), sums, batch, threads);
 #else
   (void)q, (void)k, (void)v, (void)out, (void)strides, (void)scale, (void)batch, (void)length, (void)heads, (void)width,
@@ -382,13 +433,13 @@ static Status topk_tiles_backward(const void* grad, const void* q, const void* k
                                   void* for_v, const int64_t* strides, double scale, int64_t batch, int64_t length,
                                   int64_t heads, int64_t width, int64_t prefix, const float* sums, float* least,
                                   int64_t threads) {
-#ifdef FASTMIM_HAS_TILES
+#ifdef FASTMIM_HAS_PRODUCTS
   using In = const bfloat16;
   const Inputs inputs{strided<In>(q, strides, 1), strided<In>(k, strides, 2), strided<In>(v, strides, 3)};
   const Gradients outputs{strided<bfloat16>(for_q, strides, 4), strided<bfloat16>(for_k, strides, 5),
                           strided<bfloat16>(for_v, strides, 6)};
-  return backward<true>({length, heads, width}, strided<In>(grad, strides, 0), inputs, sums, scale,
-                        {prefix, least, nullptr, nullptr, nullptr}, outputs, batch, threads);
+  return backward<BEST>({length, heads, width}, strided<In>(grad, strides, 0), inputs, sums, scale,
+                        {prefix, least, nullptr, nullptr, nullptr}, {}, outputs, batch, threads);
 #else
   (void)grad, (void)q, (void)k, (void)v, (void)for_q, (void)for_k, (void)for_v, (void)strides, (void)scale, (void)batch,
       (void)length, (void)heads, (void)width, (void)prefix, (void)sums, (void)least, (void)threads;

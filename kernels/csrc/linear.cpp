@@ -3,17 +3,16 @@
 // torch's product for the weight, grad^T x, reads both factors against their grain and gives bfloat16, which is then
 // widened. Here a slice of rows of both is laid out for the tiles, and the sums stay float32. Slices follow each other in
 // order and each sum belongs to one thread, so the result does not depend on the number of threads.
-#include "tiles.h"
+#include "products.h"
 
 namespace fastmim {
 
-#ifdef FASTMIM_HAS_TILES
+#ifdef FASTMIM_HAS_PRODUCTS
 namespace {
 
 constexpr int64_t SLICE = 1024;       // rows at a time
 constexpr int64_t STRIP = 512;        // outputs at a time: a slice of their gradients then takes 1 MB, and
 constexpr int64_t GROUP = 512 << 10;  // bytes of x that they meet before the next: both fit the level 2 cache
-constexpr int64_t TILE = 16;
 
 // 32 columns of x from row r on, as zeros outside the matrix.
 inline __m512i columns(const bfloat16* x, int64_t rows, int64_t width, int64_t r, int64_t j) {
@@ -37,9 +36,9 @@ inline __m512 high_floats(__m512i x) {
 // The transpose of 32 rows and 32 columns of the gradient as two tiles of (16 outputs, 32 rows); sums += the columns'.
 void pack_strip(const bfloat16* grad, int64_t rows, int64_t width, int64_t start, int64_t j, bfloat16* out, float* sums) {
   const Zip zip;
-  __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + TILE);
-  alignas(64) uint32_t words[TILE][BLOCK];
-  for (int64_t i = 0; i < TILE; ++i) {
+  __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + HALF);
+  alignas(64) uint32_t words[HALF][BLOCK];
+  for (int64_t i = 0; i < HALF; ++i) {
     const __m512i even = columns(grad, rows, width, start + PAIR * i, j),
                   odd = columns(grad, rows, width, start + PAIR * i + 1, j);
     low = _mm512_add_ps(low, _mm512_add_ps(low_floats(even), low_floats(odd)));
@@ -47,66 +46,26 @@ void pack_strip(const bfloat16* grad, int64_t rows, int64_t width, int64_t start
     zip(even, odd, words[i]);
   }
   for (int64_t half = 0; half < 2; ++half) {
-    __m512i v[TILE];
-    for (int64_t i = 0; i < TILE; ++i) v[i] = _mm512_load_si512(words[i] + half * TILE);
+    __m512i v[HALF];
+    for (int64_t i = 0; i < HALF; ++i) v[i] = _mm512_load_si512(words[i] + half * HALF);
     transpose16(v);
-    for (int64_t i = 0; i < TILE; ++i) _mm512_storeu_si512(out + (half * TILE + i) * BLOCK, v[i]);
+    for (int64_t i = 0; i < HALF; ++i) _mm512_storeu_si512(out + (half * HALF + i) * BLOCK, v[i]);
   }
   _mm512_store_ps(sums, low);
-  _mm512_store_ps(sums + TILE, high);
-}
-
-// c (32, 32), `stride` floats apart, = or += strip (depth) times panel (depth). The sums stay in tiles: storing them takes as
-// long as a fifth of a product of depth 800. Meanwhile it asks for the lines of the block at `next`, a few per step: they lie
-// in other pages each, and asked for at once they hold up the loads of the tiles. An address, as it may lie outside.
-void accumulate(const bfloat16* strip, const bfloat16* panel, int64_t depth, bool is_first, float* c, int64_t stride,
-                uintptr_t next) {
-  const size_t bytes = static_cast<size_t>(stride) * sizeof(float);
-  float *right = c + TILE, *below = c + TILE * stride;
-  if (is_first) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-  } else {
-    _tile_loadd(0, c, bytes);
-    _tile_loadd(1, right, bytes);
-    _tile_loadd(2, below, bytes);
-    _tile_loadd(3, below + TILE, bytes);
-  }
-  const int64_t rows_per_step = (BLOCK * BLOCK + depth - 1) / depth;
-  int64_t asked = 0;
-  for (int64_t r = 0; r < depth; r += BLOCK, strip += BLOCK * BLOCK, panel += BLOCK * BLOCK) {
-    _tile_loadd(4, strip, 64);
-    _tile_loadd(6, panel, 128);
-    _tile_loadd(7, panel + BLOCK, 128);
-    for (const int64_t end = std::min(BLOCK, asked + rows_per_step); asked < end; ++asked, next += bytes) {
-      __builtin_prefetch(reinterpret_cast<const void*>(next), 1);
-      __builtin_prefetch(reinterpret_cast<const void*>(next + 64), 1);
-    }
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, strip + TILE * BLOCK, 64);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c, bytes);
-  _tile_stored(1, right, bytes);
-  _tile_stored(2, below, bytes);
-  _tile_stored(3, below + TILE, bytes);
+  _mm512_store_ps(sums + HALF, high);
 }
 
 // (height, width) of the gradient = sums (32, 32), or += sums.
 void put(const float* sums, bool is_first, int64_t height, int64_t width, float* out, int64_t stride) {
   const __mmask16 left = static_cast<__mmask16>(first32(width)), right = static_cast<__mmask16>(first32(width) >> 16);
   for (int64_t i = 0; i < height; ++i, sums += BLOCK, out += stride) {
-    __m512 a = _mm512_load_ps(sums), b = _mm512_load_ps(sums + TILE);
+    __m512 a = _mm512_load_ps(sums), b = _mm512_load_ps(sums + HALF);
     if (!is_first) {
       a = _mm512_add_ps(a, _mm512_maskz_loadu_ps(left, out));
-      b = _mm512_add_ps(b, _mm512_maskz_loadu_ps(right, out + TILE));
+      b = _mm512_add_ps(b, _mm512_maskz_loadu_ps(right, out + HALF));
     }
     _mm512_mask_storeu_ps(out, left, a);
-    _mm512_mask_storeu_ps(out + TILE, right, b);
+    _mm512_mask_storeu_ps(out + HALF, right, b);
   }
 }
 
@@ -116,8 +75,8 @@ void put(const float* sums, bool is_first, int64_t height, int64_t width, float*
 // grad (rows, outputs) and x (rows, inputs), bfloat16. Floats: for_weight (outputs, inputs), for_bias (outputs,) or null.
 static Status linear_gradients(const void* grad, const void* x, int64_t rows, int64_t outputs, int64_t inputs,
                                float* for_weight, float* for_bias, int64_t threads) {
-#ifdef FASTMIM_HAS_TILES
-  if (!ask_for_tiles()) return NO_HARDWARE;
+#ifdef FASTMIM_HAS_PRODUCTS
+  if (!can_multiply()) return NO_HARDWARE;
   if (rows == 0) {
     std::fill_n(for_weight, outputs * inputs, 0.0f);
     if (for_bias) std::fill_n(for_bias, outputs, 0.0f);
@@ -145,7 +104,7 @@ static Status linear_gradients(const void* grad, const void* x, int64_t rows, in
     });
     const int64_t group = std::max<int64_t>(1, GROUP / (BLOCK * depth * int64_t{sizeof(bfloat16)}));
     parallel_for(strips, 1, workers, [&](int64_t begin, int64_t end, int64_t worker) {
-      configure_tiles();
+      const Multiplier multiplier;
       bfloat16* lefts_here = all_strips + worker * strip * slice;
       alignas(64) float sums[BLOCK * BLOCK];
       for (int64_t s = begin; s < end; ++s) {
@@ -173,7 +132,6 @@ static Status linear_gradients(const void* grad, const void* x, int64_t rows, in
           }
         }
       }
-      _tile_release();
     });
   }
   if (for_bias) std::copy_n(column_sums.at(0), outputs, for_bias);

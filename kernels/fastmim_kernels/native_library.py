@@ -1,8 +1,9 @@
 """Finds the C++ library of the CPU kernels (kernels/csrc), loads it and calls its functions.
 
 There is one library per instruction set, and the one for torch's own CPU capability is taken (``ATEN_CPU_CAPABILITY``
-lowers both), or for AVX512 with matrix tiles (AMX). It lies in a folder of this package: in an installed wheel beside this file; in an editable install in
-site-packages; in a plain checkout where ``cmake --install build/native --prefix kernels`` puts it.
+lowers both); with AVX512 the one that multiplies bfloat16, by vectors (AVX512_BF16) or on matrix tiles (AMX), where the CPU
+does. It lies in a folder of this package: in an installed wheel beside this file; in an editable install in site-packages;
+in a plain checkout where ``cmake --install build/native --prefix kernels`` puts it.
 """
 
 import ctypes
@@ -32,8 +33,11 @@ class Entry(ctypes.Structure):
 def candidates() -> list[pathlib.Path]:
     """Where the library may lie, best first."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
-    has_tiles = capability == "avx512" and torch.cpu._is_amx_tile_supported() and torch.cpu._is_avx512_bf16_supported()
-    names = dict.fromkeys(f"_native_{c}.so" for c in (["amx"] if has_tiles else []) + [capability, "default"])
+    has_products = capability == "avx512" and torch.cpu._is_avx512_bf16_supported()
+    has_tiles = has_products and torch.cpu._is_amx_tile_supported()
+    names = dict.fromkeys(
+        f"_native_{c}.so" for c in ["amx"] * has_tiles + ["bf16"] * has_products + [capability, "default"]
+    )
     return [pathlib.Path(folder) / name for name in names for folder in sys.modules[__package__].__path__]
 
 
@@ -102,7 +106,7 @@ def function(name: str) -> Callable[..., None]:
         if status == 2:
             raise IndexError(f"{name}: expected ids and offsets inside the image, got one outside; correct them")
         if status == 4:
-            raise ImportError(f"{name}: this CPU, or this system, lacks instructions that it needs (AVX-512 or AMX)")
+            raise ImportError(f"{name}: this CPU, or this system, lacks instructions that it needs (AVX512_BF16 or AMX)")
         if status:
             raise TypeError(f"{name}: expected a dtype of {[str(d) for d in DTYPES]}, got another; convert the tensor")
 

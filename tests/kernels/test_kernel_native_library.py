@@ -19,10 +19,10 @@ pytestmark = pytest.mark.skipif(not NATIVE, reason=dispatch.load("gather", "nati
 # One case of each op and dtype: enough for compile and opcheck, which take a second each.
 FEW = {}
 # Where the reference computes other dtypes, on CPUs.
-LOW_ALONE = {"activation"}
+LOW_ALONE = {"activation", "qkv"}
 for op in NATIVE:
     for case in cases.load(op)[0]:
-        is_native = op not in LOW_ALONE or case.name.endswith("bfloat16")
+        is_native = op not in LOW_ALONE or "bfloat16" in case.name
         if is_native and all(t.numel() for t in cases.flatten(case.inputs(CPU)) if isinstance(t, torch.Tensor)):
             FEW.setdefault((op, case.function, case.name.rpartition("_")[2]), case)
 FEW_CASES = [pytest.param(case, id=f"{op}-{case.function}-{case.name}") for (op, *_), case in FEW.items()]
@@ -52,10 +52,13 @@ def test_native_runs_by_default(monkeypatch):
 def test_results_do_not_depend_on_the_number_of_threads(case, threads):
     if case.function == "depthwise_patches":
         pytest.skip("its sums over the batch are cut by the number of threads")
-    results = []
+    results, products = [], []
     for count in (1, 2, 3):
         threads(count)
         results.append(cases.call(cases.public(case), case, case.inputs(CPU)))
+        products.append(random(7, 7) @ random(7, 100))
+    if case.function == "contrastive_loss" and not all(torch.equal(product, products[0]) for product in products):
+        pytest.skip("torch's small products depend on the number of threads: MKL on AMD's CPUs")
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -181,20 +184,24 @@ def test_threads_are_torchs_own():
     assert count() == 1  # outside of a parallel region
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "bf16"])
 def test_other_instruction_sets_are_right_as_well(capability):
     """Every small case once more, in a process for which torch reports less than the machine has."""
-    current = torch.backends.cpu.get_cpu_capability()
-    if current not in ("AVX2", "AVX512") or capability.upper() == current:
-        pytest.skip(f"this machine has {current}")
+    sets = ["default", "avx2", "avx512", "bf16", "amx"]
+    best = native_library.library()._name.rpartition("_native_")[2].removesuffix(".so")
+    if sets.index(capability) >= sets.index(best):
+        pytest.skip(f"the best library for this machine is {best}")
     script = (
-        "import torch; from fastmim_kernels import cases, dispatch, native_library\n"
+        "import torch\n"
+        "torch.cpu._is_amx_tile_supported = lambda: False\n"
+        f"torch.cpu._is_avx512_bf16_supported = lambda: {capability == 'bf16'}\n"
+        "from fastmim_kernels import cases, dispatch, native_library\n"
         f"assert native_library.library()._name.endswith('_native_{capability}.so')\n"
         "for op in dispatch.ops():\n"
         "    for case in cases.load(op)[0] if not dispatch.load(op, 'native') else ():\n"
         "        assert cases.error(case, torch.device('cpu')) <= case.tolerance, (op, case.name)\n"
     )
-    env = os.environ | {"ATEN_CPU_CAPABILITY": capability, dispatch.VARIABLE: ""}
+    env = os.environ | {"ATEN_CPU_CAPABILITY": capability.replace("bf16", "avx512"), dispatch.VARIABLE: ""}
     env["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run([sys.executable, "-c", script], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -21,7 +21,7 @@ def random(*shape, seed=0, dtype=torch.bfloat16):
     return (1.5 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
-def slow(qkv):
+def slow(qkv, bias=None):
     """One image, one head, one query at a time; weights from the definition, (B, N, H, d) float64."""
     images = []
     for image in qkv.double():
@@ -29,8 +29,9 @@ def slow(qkv):
         for h in range(image.shape[2]):
             q, k, v = image[:, :, h].unbind(1)
             rows = []
-            for query in q:
+            for i, query in enumerate(q):
                 scores = torch.stack([(query * key).sum() / math.sqrt(len(query)) for key in k])
+                scores = scores if bias is None else scores + bias[h, i]
                 weights = (scores - scores.max()).exp()
                 rows.append((weights[:, None] * v).sum(0) / weights.sum())
             heads.append(torch.stack(rows))
@@ -38,15 +39,15 @@ def slow(qkv):
     return torch.stack(images)
 
 
-def with_gradient(function, qkv, grad):
-    leaf = qkv.detach().clone().requires_grad_()
-    out = function(leaf)
+def with_gradient(function, qkv, grad, *bias):
+    leaves = [x.detach().clone().requires_grad_() for x in (qkv, *bias)]
+    out = function(*leaves)
     out.backward(grad.to(out.dtype))
-    return out.detach().double(), leaf.grad.double()
+    return out.detach().double(), *(leaf.grad.double() for leaf in leaves)
 
 
 def error(ours, exact):
-    return float((ours - exact).norm() / exact.norm().clamp_min(1e-6))
+    return float((ours - exact).norm() / exact.norm().clamp_min(1e-3))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -66,6 +67,35 @@ def test_other_dtypes_agree_with_loops(backend, size, dtype, limit):
     exact = with_gradient(slow, qkv.double(), grad)
     for ours, expected in zip(with_gradient(qkv_attention, qkv, grad), exact):
         assert error(ours, expected) <= limit
+
+
+@pytest.mark.parametrize("size", [*SIZES, (33, 9, 2, 16)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_bias_and_its_gradient_agree_with_loops(backend, size, dtype):
+    """Also of more images than one thread sums the gradient of."""
+    qkv, grad = random(size[0], size[1], 3, *size[2:], dtype=dtype), random(*size, seed=1, dtype=dtype)
+    bias = random(size[2], size[1], size[1], seed=2, dtype=torch.float32)
+    exact = with_gradient(slow, qkv.double(), grad, bias.double())
+    limit = 1e-5 if dtype == torch.float32 else 2e-2 if backend == "reference" else 4e-3
+    ours = with_gradient(qkv_attention, qkv, grad, bias)
+    assert len(ours) == 3
+    for got, expected in zip(ours, exact):
+        assert error(got, expected) <= limit
+
+
+def test_a_bias_of_low_precision_or_without_gradient(backend):
+    qkv, bias = random(2, 21, 3, 2, 16), random(2, 21, 21, seed=2)
+    wide = qkv_attention(qkv, bias.float())
+    assert error(qkv_attention(qkv, bias).double(), wide.double()) <= 2e-2
+    strided = bias.float().transpose(1, 2).contiguous().transpose(1, 2)
+    assert not strided.is_contiguous() and torch.equal(qkv_attention(qkv, strided), wide)
+    leaf, alone = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
+    qkv_attention(leaf, bias.float()).sum().backward()
+    qkv_attention(alone, bias.float().requires_grad_()).sum().backward()
+    assert torch.equal(leaf.grad, alone.grad)
+    # Keys that no query may see.
+    hidden = torch.zeros(2, 21, 21).masked_fill(torch.arange(21) >= 13, -torch.inf)
+    torch.testing.assert_close(qkv_attention(qkv, hidden)[:, :13], qkv_attention(qkv[:, :13]), rtol=2e-2, atol=2e-2)
 
 
 def test_large_scores_do_not_overflow(backend):
@@ -88,11 +118,13 @@ def test_strides_and_empty_batches(backend):
 
 def test_two_runs_and_any_number_of_threads_give_the_same_bits(backend):
     before, results = torch.get_num_threads(), []
-    qkv, grad = random(3, 45, 3, 4, 32), random(3, 45, 4, 32, seed=1)
+    qkv, grad, bias = random(35, 45, 3, 4, 32), random(35, 45, 4, 32, seed=1), random(4, 45, 45, dtype=torch.float32)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(with_gradient(qkv_attention, qkv, grad))
+            # The reference's gradient of the bias is a sum over the batch by torch, which cuts it by threads.
+            results.append(with_gradient(qkv_attention, qkv, grad, *[bias] * (backend == "native")))
+            results[-1] += with_gradient(qkv_attention, qkv, grad)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0]))
@@ -125,4 +157,19 @@ def test_long_sequences_are_left_to_the_reference(backend):
 def test_wrong_arguments_get_one_line(qkv, error_type, words):
     with pytest.raises(error_type, match=words) as caught:
         qkv_attention(qkv)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("bias", "error_type", "words"),
+    [
+        (torch.zeros(5, 5), ValueError, r"bias: expected shape \(H, N, N\)"),
+        (torch.zeros(2, 5, 5), ValueError, r"bias: expected shape \(H, N, N\) = \(3, 5, 5\), got \(2, 5, 5\)"),
+        (torch.zeros(3, 5, 5, dtype=torch.bool), TypeError, "bias: expected floats"),
+        (1.0, TypeError, "pass a tensor"),
+    ],
+)
+def test_a_wrong_bias_gets_one_line(bias, error_type, words):
+    with pytest.raises(error_type, match=words) as caught:
+        qkv_attention(torch.zeros(1, 5, 3, 3, 8), bias)
     assert "\n" not in str(caught.value)

@@ -27,11 +27,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     low_precision = q.dtype != torch.float32 or autocast.dtype(q.device) is not None
     if q.device.type == "cpu" and low_precision and torch.is_grad_enabled():
         scores = (q * (1 / math.sqrt(q.shape[-1]))) @ k.transpose(-2, -1)
-        return (scores if bias is None else scores + bias).softmax(-1) @ v
+        return (scores if bias is None else scores + bias).softmax(-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
 
 
-def qkv_attention(qkv: Tensor) -> Tensor:
+def qkv_attention(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
     """See the public function."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    return attention(q, k, v).transpose(1, 2).contiguous()
+    return attention(q, k, v, bias).transpose(1, 2).contiguous()
