@@ -70,8 +70,8 @@ NOTES = {
     ),
     "qkv": (
         "The projections, and one number per row of the scores. The reference keeps the weights, B x H x N x N values.",
-        "Native: bfloat16, up to 1024 tokens, on a CPU with matrix tiles (AMX). No Triton: torch's attention is what runs on "
-        "a GPU.",
+        "Native: bfloat16, up to 1024 tokens, on a CPU that multiplies it (AMX or AVX512_BF16). No Triton: torch's attention "
+        "is what runs on a GPU.",
     ),
     "resize": (
         "One copy of the batch at the new width, in the dtype of the images.",

@@ -412,7 +412,7 @@ static Status qkv_attention_backward(const void* grad, const void* qkv, const fl
 // q, k, v and out (batch, heads, length, width), bfloat16, with `strides` of image, head and row of each in turn. labels
 // (batch, length - prefix) and counts (batch, heads, length - prefix), or both null. sums as above, of the keys kept; least
 // like sums: what a score, unscaled, must reach to be kept.
-static Status topk_tiles(const void* q, const void* k, const void* v, void* out, const int64_t* strides, double scale,
+static Status topk_attention(const void* q, const void* k, const void* v, void* out, const int64_t* strides, double scale,
                          int64_t batch, int64_t length, int64_t heads, int64_t width, int64_t prefix, int64_t topk,
                          float* sums, float* least, const int64_t* labels, int64_t* counts, int64_t threads) {
 #ifdef FASTMIM_HAS_PRODUCTS
@@ -429,7 +429,7 @@ static Status topk_tiles(const void* q, const void* k, const void* v, void* out,
 }
 
 // The same tables, and gradients of out, q, k and v: strides of grad, q, k, v, for_q, for_k and for_v in turn.
-static Status topk_tiles_backward(const void* grad, const void* q, const void* k, const void* v, void* for_q, void* for_k,
+static Status topk_attention_backward(const void* grad, const void* q, const void* k, const void* v, void* for_q, void* for_k,
                                   void* for_v, const int64_t* strides, double scale, int64_t batch, int64_t length,
                                   int64_t heads, int64_t width, int64_t prefix, const float* sums, float* least,
                                   int64_t threads) {
@@ -449,7 +449,7 @@ static Status topk_tiles_backward(const void* grad, const void* q, const void* k
 
 FASTMIM_EXPORT(qkv_attention)
 FASTMIM_EXPORT(qkv_attention_backward)
-FASTMIM_EXPORT(topk_tiles)
-FASTMIM_EXPORT(topk_tiles_backward)
+FASTMIM_EXPORT(topk_attention)
+FASTMIM_EXPORT(topk_attention_backward)
 
 }  // namespace fastmim

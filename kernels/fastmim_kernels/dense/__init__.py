@@ -37,8 +37,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``linear(F.gelu(x), weight, bias)``: the second half of an MLP.
 
-    For bfloat16 on a CPU with matrix tiles, GELU is computed again in the backward pass, in the pass over x that its
-    gradient takes anyway, so that x alone is kept.
+    For bfloat16 on a CPU that multiplies it (AMX or AVX512_BF16), GELU is computed again in the backward pass, in the pass
+    over x that its gradient takes anyway, so that x alone is kept.
 
     Args:
         x: (..., I) floats. weight: (O, I). bias: (O,) or None.

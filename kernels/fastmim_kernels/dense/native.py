@@ -1,8 +1,9 @@
-"""Weight and bias gradient of a linear layer in C++ on the matrix tiles (AMX) of a CPU, for bfloat16 products.
+"""Weight and bias gradient of a linear layer in C++ by a CPU's products of bfloat16: matrix tiles (AMX) or vectors
+(AVX512_BF16).
 
-The other two products are torch's, which reach 1.2 to 1.8 TFLOP/s on one core; its product for the weight, whose factors both
-lie against the grain, reaches half of that (6304 x 512 x 2048: 21 ms against 10 ms), gives bfloat16, and leaves the bias
-to a pass of its own.
+The other two products are torch's, which reach 1.2 to 1.8 TFLOP/s on the tiles of one core; its product for the weight, whose
+factors both lie against the grain, reaches half of that (6304 x 512 x 2048: 21 ms against 10 ms), gives bfloat16, and
+leaves the bias to a pass of its own.
 """
 
 import torch
@@ -13,7 +14,7 @@ from . import allocate_backward
 
 _gradients = native_library.function("linear_gradients")
 _gelu_backward = native_library.function("gelu_backward")
-# Raises ImportError where the CPU or the system has no tiles: then there is no native implementation.
+# Raises ImportError where the CPU or the system has none: then there is no native implementation.
 _gradients(None, None, 0, 0, 0, None, None, 1)
 
 

@@ -17,10 +17,12 @@ def add_layer_norm(
     row_scale: Tensor | None = None,
     eps: float = 1e-6,
     prenorm: bool = False,
+    stream: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """See the public function."""
-    stream = x.dtype if residual is None else residual.dtype
-    work = torch.promote_types(torch.promote_types(x.dtype, stream), torch.float32)
+    """See the public function. stream: what the sum is rounded to; None: the dtype of the residual, or of x."""
+    given = x.dtype if residual is None else residual.dtype
+    work = torch.promote_types(torch.promote_types(x.dtype, given), torch.float32)
+    stream = stream or given
     with autocast.disabled(x.device):
         h = x.to(work)
         if scale is not None:

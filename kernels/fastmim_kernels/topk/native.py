@@ -1,4 +1,4 @@
-"""Top-K attention in C++. bfloat16 on the matrix tiles (AMX) of a CPU, a head at a time as in ``qkv``; else a few heads at a
+"""Top-K attention in C++. bfloat16 by a CPU's own products of it, a whole head at a time as in ``qkv``; else a few heads at a
 time, products by torch, selection and softmax in C++ on scores that stay in cache.
 
 Scores are float32 sums of exact products; weights and their gradients are multiplied in the dtype of q, as the reference
@@ -18,8 +18,8 @@ from . import allocate, allocate_backward
 
 _softmax = native_library.function("topk_softmax")
 _softmax_backward = native_library.function("topk_softmax_backward")
-_tiles = native_library.function("topk_tiles")
-_tiles_backward = native_library.function("topk_tiles_backward")
+_whole = native_library.function("topk_attention")
+_whole_backward = native_library.function("topk_attention_backward")
 
 # Scores at a time: 2 MB, a core's level 2 cache.
 BLOCK = 1 << 19
@@ -48,16 +48,16 @@ def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @functools.cache
-def _has_tiles() -> bool:
+def _has_products() -> bool:
     try:
-        _tiles(*[None] * 4, native_library.integers(*[0] * 12), 1.0, 0, 1, 1, 1, 0, 1, *[None] * 4, 1)
+        _whole(*[None] * 4, native_library.integers(*[0] * 12), 1.0, 0, 1, 1, 1, 0, 1, *[None] * 4, 1)
     except ImportError:
         return False
     return True
 
 
-def _uses_tiles(q: Tensor) -> bool:
-    return q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST and _has_tiles()
+def _is_whole(q: Tensor) -> bool:
+    return q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST and _has_products()
 
 
 def _with_strides(*tensors: Tensor) -> tuple[tuple[Tensor, ...], ctypes.Array]:
@@ -71,11 +71,11 @@ def topk_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outs = out, tops, least, counts = allocate(q, k, v, topk, num_prefix, scale, labels)
     kind, threads = native_library.DTYPES[q.dtype], torch.get_num_threads()
-    if _uses_tiles(q):
+    if _is_whole(q):
         tables, strides = _with_strides(q, k, v, out)
         batch, heads, length, width = q.shape
         labels = None if labels is None else labels.contiguous()
-        _tiles(
+        _whole(
             *tables, strides, scale, batch, length, heads, width, num_prefix, topk, tops, least, labels,
             None if labels is None else counts, threads,
         )  # fmt: skip
@@ -101,10 +101,10 @@ def topk_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     outs = allocate_backward(grad, q, k, v)
     kind, threads = native_library.DTYPES[q.dtype], torch.get_num_threads()
-    if _uses_tiles(q):
+    if _is_whole(q):
         tables, strides = _with_strides(grad, q, k, v, *outs)
         batch, heads, length, width = q.shape
-        _tiles_backward(*tables, strides, scale, batch, length, heads, width, num_prefix, tops, least, threads)
+        _whole_backward(*tables, strides, scale, batch, length, heads, width, num_prefix, tops, least, threads)
         return outs
     all_scores, all_weights, all_slopes = (_scratch(q, d) for d in (torch.float32, q.dtype, q.dtype))
     with torch.autocast("cpu", enabled=False):
