@@ -30,7 +30,9 @@ class Case:
     result: tuple[str, ...] = ()  # the arguments that hold the results of an op that works in place
     bytes_moved: int = 0  # least traffic: every input byte needed read once, every output byte written once
     flops: int = 0  # 1 multiply-add = 2
-    truth: Callable[..., Any] | None = None  # gives it from inputs in float64, where the reference would lose a dtype by that
+    truth: Callable[..., Any] | None = (
+        None  # gives it from inputs in float64, where the reference would lose a dtype by that
+    )
 
 
 def load(op: str) -> tuple[tuple[Case, ...], tuple[Case, ...]]:

@@ -106,7 +106,9 @@ def function(name: str) -> Callable[..., None]:
         if status == 2:
             raise IndexError(f"{name}: expected ids and offsets inside the image, got one outside; correct them")
         if status == 4:
-            raise ImportError(f"{name}: this CPU, or this system, lacks instructions that it needs (AVX512_BF16 or AMX)")
+            raise ImportError(
+                f"{name}: this CPU, or this system, lacks instructions that it needs (AVX512_BF16 or AMX)"
+            )
         if status:
             raise TypeError(f"{name}: expected a dtype of {[str(d) for d in DTYPES]}, got another; convert the tensor")
 

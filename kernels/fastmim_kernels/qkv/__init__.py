@@ -49,7 +49,9 @@ def _check_bias(bias: Tensor, qkv: Tensor) -> None:
     check_rank("bias", bias, "(H, N, N)")
     expected = (qkv.shape[3], qkv.shape[1], qkv.shape[1])
     if tuple(bias.shape) != expected:
-        raise fail("bias", f"shape (H, N, N) = {expected}", tuple(bias.shape), "give each head a number per pair of tokens")
+        raise fail(
+            "bias", f"shape (H, N, N) = {expected}", tuple(bias.shape), "give each head a number per pair of tokens"
+        )
     if not is_float(bias):
         raise fail("bias", "floats", bias.dtype, "convert it", TypeError)
     if bias.device != qkv.device:
