@@ -31,6 +31,8 @@ from kernel_report import BACKENDS
 from machine import between_ceilings, machine
 from points import Points
 
+from fastmim.device import cpu_capability
+
 DEVICES = [torch.device("cpu")] + [torch.device("cuda")] * torch.cuda.is_available()
 # Whole images instead of windows, as plain torch has them; the batch of the other ops.
 WHOLE = {
@@ -141,8 +143,8 @@ def points(request):
 def setting(device):
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} with {capability}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, process CPU time"
+    threads = f"{torch.get_num_threads()} thread(s)"
+    return f"{platform.machine()} {cpu_capability()}, {threads}, torch {torch.__version__}, process CPU time"
 
 
 @pytest.mark.parametrize(("op", "case", "device"), RUNS)

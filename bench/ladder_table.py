@@ -40,6 +40,7 @@ def provenance(args: argparse.Namespace, argv: list[str], ruler, shares: list[li
     import torch
 
     from fastmim import __version__
+    from fastmim.device import cpu_capability
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
@@ -48,7 +49,7 @@ def provenance(args: argparse.Namespace, argv: list[str], ruler, shares: list[li
     changes = git("status", "--porcelain", "--untracked-files=no")
     is_cpu = ruler.device.type == "cpu"
     device = (
-        f"CPU, {torch.backends.cpu.get_cpu_capability()}, {sum(map(len, shares))} cores; "
+        f"CPU, {cpu_capability()}, {sum(map(len, shares))} cores; "
         f"{len(shares)} runs at a time with {len(shares[0])} each"
     )
     return {

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from points import Points
 
-from fastmim.device import default_precision
+from fastmim.device import cpu_capability, default_precision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 IS_GPU = DEVICE.type == "cuda"
@@ -74,7 +74,7 @@ def between_ceilings(points: Points) -> Iterator[dict]:
 
 def machine() -> dict:
     """Device, threads, versions, and the checkout that is measured."""
-    name = torch.cuda.get_device_name() if IS_GPU else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    name = torch.cuda.get_device_name() if IS_GPU else f"{platform.machine()} {cpu_capability()}"
     return {"device": name, "device_type": DEVICE.type, "threads": torch.get_num_threads(), "torch": torch.__version__,
             "python": platform.python_version(), **_triton(), "commit": commit()}  # fmt: skip
 

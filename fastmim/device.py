@@ -31,11 +31,21 @@ def default_precision(device: torch.device) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "the GPU has it"
         return "fp32", "the GPU has no bf16; --precision fp16 is possible"
-    if any(
-        getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    ):
-        return "bf16", "the CPU has AMX or AVX512_BF16"
-    return "fp32", "the CPU has no bf16 instructions"
+    products = bfloat16_products()
+    return ("bf16", f"the CPU has {products}") if products else ("fp32", "the CPU has no bf16 instructions")
+
+
+def bfloat16_products() -> str:
+    """The best instructions by which this CPU multiplies bfloat16: AMX, AVX512_BF16, or none."""
+    for name, test in (("AMX", "_is_amx_tile_supported"), ("AVX512_BF16", "_is_avx512_bf16_supported")):
+        if getattr(torch.cpu, test, lambda: False)():
+            return name
+    return ""
+
+
+def cpu_capability() -> str:
+    """This CPU's instruction set by torch's name, and its products of bfloat16."""
+    return " with ".join(filter(None, (torch.backends.cpu.get_cpu_capability(), bfloat16_products())))
 
 
 def memory_bytes(device: torch.device) -> int | None:

@@ -20,7 +20,7 @@ def info() -> None:
     import fastmim_kernels
 
     from fastmim import __version__
-    from fastmim.device import default_precision
+    from fastmim.device import cpu_capability, default_precision
     from fastmim.methods.base import available
 
     print(f"fastmim {__version__}, Python {platform.python_version()}, torch {torch.__version__}")
@@ -31,7 +31,7 @@ def info() -> None:
             p = torch.cuda.get_device_properties(i)
             print(f"device cuda:{i}: {p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}")
     else:
-        print(f"device cpu: {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+        print(f"device cpu: {torch.get_num_threads()} threads, {cpu_capability()}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print("precision {} ({})".format(*default_precision(device)))
     print("kernels:")
