@@ -222,8 +222,11 @@ def test_any_strides_give_the_same(function):
     case = FUNCTIONS[function]
     expected = results(case)
     got = results(case, inputs=cases.map_tensors(case.inputs(CPU), spread))
+    op = cases.public(case).__module__.rpartition(".")[2]
+    # torch rounds bfloat16 differently where values do not lie side by side: its GELU by vectors and one by one.
+    is_torchs = dispatch.backend_of(op, "cpu") == "reference"
     for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+        torch.testing.assert_close(a, b, **(HALF if is_torchs and a.dtype == torch.bfloat16 else CLOSE))
 
 
 def in_dtype(inputs: cases.Inputs, dtype: torch.dtype) -> cases.Inputs:

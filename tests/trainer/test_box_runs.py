@@ -155,9 +155,12 @@ def test_synthetic_images_have_no_boxes(tmp_path):
     assert len([r for r in metrics(out) if "loss" in r]) == 2
 
 
-def test_two_processes_find_the_same_boxes(images, server, straight, tmp_path):
-    """DDP over two ranks, each with half of the images; up to the rounding of the averaged gradients."""
-    out = tmp_path / "run"
-    server.run(["train", *arguments(images, out, "--save-every", "16")], world=2)
-    ours, theirs = ([r["box_area"] for r in metrics(o) if "loss" in r] for o in (out, straight))
-    assert ours[:4] == theirs[:4] and ours == pytest.approx(theirs, rel=1e-3)
+def test_two_processes_find_the_same_boxes(images, server, tmp_path):
+    """DDP over two ranks, each with half of the images. At a small rate the weights stay so close, up to the rounding of the
+    averaged gradients, that no cell of a heat map crosses its threshold; the boxes move all the same."""
+    small = ("--lr", "1e-5", "--save-every", "16")
+    run(images, tmp_path / "one", *small)
+    server.run(["train", *arguments(images, tmp_path / "two", *small)], world=2)
+    ours, theirs = ([r["box_area"] for r in metrics(tmp_path / out) if "loss" in r] for out in ("two", "one"))
+    assert ours[:4] == [0.25] * 4 and ours[4] != 0.25
+    assert ours == pytest.approx(theirs, rel=1e-6)

@@ -18,7 +18,10 @@ def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tenso
     image = whole.view(batch, h, w, s, s, width).permute(0, 5, 1, 3, 2, 4).reshape(batch, width, h * s, w * s)
     if not dispatch.is_transformed():  # vmap cannot do it
         image = image.contiguous(memory_format=torch.channels_last)
+    # Where a CPU does not multiply bfloat16, torch sums its convolutions in it, too: 0.1 in single values of a gradient.
+    work = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     with autocast.disabled(x.device):
-        image = F.conv2d(image, weight.to(x.dtype), bias.to(x.dtype), padding=weight.shape[2] // 2, groups=width)
+        image, weight, bias = (t.to(work) for t in (image, weight, bias))
+        image = F.conv2d(image, weight, bias, padding=weight.shape[2] // 2, groups=width).to(x.dtype)
     out = image.view(batch, width, h, s, w, s).permute(0, 2, 4, 3, 5, 1).reshape(batch, h * w, s, s, width)
     return out if ids is None else out.gather(1, index)
