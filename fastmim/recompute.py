@@ -1,8 +1,8 @@
 """Activation checkpointing: what a block does not keep for the backward pass, but computes again.
 
 none     everything is kept
-mlp      the inputs of the MLPs' second layers are not: GELU gives them again, which costs no product; bfloat16 on a CPU
-         with matrix tiles is computed so under any policy
+mlp      the inputs of the MLPs' second layers are not: GELU gives them again, which costs no product; bfloat16 on a CPU that
+         multiplies it is computed so under any policy
 blocks   the inputs of the blocks are kept alone; the rest costs a second forward pass
 
 The gradients are bit for bit the same: nothing in a block is random.
