@@ -187,21 +187,28 @@ def speed(functions: set[str]) -> list[str]:
     if not rows:
         return ["Not measured yet.", ""]
     columns = [c for c in ("eager", "compile", "reference", "native", "triton") if any(c in row["ms"] for row in rows)]
-    settings = sorted({row["setting"] for row in rows})
     lines = [
-        f"Medians in ms, forward and backward where there is one (`fastmim bench kernels`; {'; '.join(settings)}). eager, "
-        "compile: plain torch; the last column: how much faster than it eagerly is what runs here.",
+        "Medians in ms, forward and backward where there is one (`fastmim bench kernels`). eager, compile: plain torch; the last "
+        "column: how much faster than it eagerly is what runs here.",
         "",
-        f"| case | commit | n | {' | '.join(columns)} | against eager |",
-        "|---|---|---|" + "---|" * len(columns) + "---|",
     ]
-    for row in rows:
-        ms = row["ms"]
-        values = " | ".join(f"{ms[c]:.2f}" if c in ms else "" for c in columns)
-        ours = next(ms[b] for b in ("triton", "native", "reference") if b in ms)
-        ratio = f"{ms['eager'] / ours:.2g}x" if "eager" in ms else ""
-        lines.append(f"| {row['function']} {row['case']} | {row.get('commit', '')} | {row['n']} | {values} | {ratio} |")
-    return [*lines, ""]
+    for setting in sorted({row["setting"] for row in rows}):
+        lines += [
+            f"{setting}:",
+            "",
+            f"| case | commit | n | {' | '.join(columns)} | against eager |",
+            "|---|---|---|" + "---|" * len(columns) + "---|",
+        ]
+        for row in rows:
+            if row["setting"] != setting:
+                continue
+            ms, name = row["ms"], f"{row['function']} {row['case']}"
+            values = " | ".join(f"{ms[c]:.2f}" if c in ms else "" for c in columns)
+            ours = next(ms[b] for b in ("triton", "native", "reference") if b in ms)
+            ratio = f"{ms['eager'] / ours:.2g}x" if "eager" in ms else ""
+            lines.append(f"| {name} | {row.get('commit', '')} | {row['n']} | {values} | {ratio} |")
+        lines.append("")
+    return lines
 
 
 def compiled(op: str) -> list[str]:
