@@ -99,7 +99,8 @@ _seen: dict[Size, int] | None = None
 
 
 class Biased(NamedTuple):
-    """Self-attention with numbers added to the scores of every image: of (B, heads, N, d) tensors, or of packed projections.
+    """Attention of (B, heads, N, d) tensors with numbers added to the scores of every image. Blocks know it, and hand its
+    bias to the kernel for packed projections instead of calling it.
 
     Args:
         bias: (heads, N, N), rows are queries.

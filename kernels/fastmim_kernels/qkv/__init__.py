@@ -65,10 +65,10 @@ def allocate(qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def allocate_backward(
-    grad: Tensor, qkv: Tensor, bias: Tensor | None, sums: Tensor, has_bias: bool
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, sums: Tensor, wants_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of qkv and, empty without has_bias, of the bias."""
-    return qkv.new_empty(qkv.shape), sums.new_empty(bias.shape if has_bias else 0)
+    """The gradients of qkv and of the bias; the latter empty where nobody wants it."""
+    return qkv.new_empty(qkv.shape), sums.new_empty(bias.shape if wants_bias else 0)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -80,14 +80,14 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, grad, _):
     if grad is None:
         return None, None
-    has_bias = ctx.needs_input_grad[1]
-    for_qkv, for_bias = BACKWARD(grad, *ctx.saved_tensors, has_bias)
-    return for_qkv, for_bias if has_bias else None
+    wants_bias = ctx.needs_input_grad[1]
+    for_qkv, for_bias = BACKWARD(grad, *ctx.saved_tensors, wants_bias)
+    return for_qkv, for_bias if wants_bias else None
 
 
 BACKWARD = define(
     "qkv",
-    "qkv_attention_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor sums, bool has_bias) -> (Tensor, Tensor)",
+    "qkv_attention_backward(Tensor grad, Tensor qkv, Tensor? bias, Tensor sums, bool wants_bias) -> (Tensor, Tensor)",
     allocate_backward,
 )
 ATTENTION = define(

@@ -25,12 +25,12 @@ def qkv_attention(qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def qkv_attention_backward(
-    grad: Tensor, qkv: Tensor, bias: Tensor | None, sums: Tensor, has_bias: bool
+    grad: Tensor, qkv: Tensor, bias: Tensor | None, sums: Tensor, wants_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    for_qkv, for_bias = allocate_backward(grad, qkv, bias, sums, has_bias)
+    for_qkv, for_bias = allocate_backward(grad, qkv, bias, sums, wants_bias)
     bias = None if bias is None else bias.contiguous()
     _backward(
         grad.contiguous(), qkv.contiguous(), bias, sums, grad.shape[3] ** -0.5, *grad.shape, for_qkv,
-        for_bias if has_bias else None, torch.get_num_threads(),
+        for_bias if wants_bias else None, torch.get_num_threads(),
     )  # fmt: skip
     return for_qkv, for_bias

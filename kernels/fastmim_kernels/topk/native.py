@@ -18,8 +18,8 @@ from . import allocate, allocate_backward
 
 _softmax = native_library.function("topk_softmax")
 _softmax_backward = native_library.function("topk_softmax_backward")
-_whole = native_library.function("topk_attention")
-_whole_backward = native_library.function("topk_attention_backward")
+_attention = native_library.function("topk_attention")
+_attention_backward = native_library.function("topk_attention_backward")
 
 # Scores at a time: 2 MB, a core's level 2 cache.
 BLOCK = 1 << 19
@@ -50,13 +50,13 @@ def _scratch(like: Tensor, dtype: torch.dtype) -> Tensor:
 @functools.cache
 def _has_products() -> bool:
     try:
-        _whole(*[None] * 4, native_library.integers(*[0] * 12), 1.0, 0, 1, 1, 1, 0, 1, *[None] * 4, 1)
+        _attention(*[None] * 4, native_library.integers(*[0] * 12), 1.0, 0, 1, 1, 1, 0, 1, *[None] * 4, 1)
     except ImportError:
         return False
     return True
 
 
-def _is_whole(q: Tensor) -> bool:
+def _is_by_head(q: Tensor) -> bool:
     return q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST and _has_products()
 
 
@@ -71,11 +71,11 @@ def topk_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outs = out, tops, least, counts = allocate(q, k, v, topk, num_prefix, scale, labels)
     kind, threads = native_library.DTYPES[q.dtype], torch.get_num_threads()
-    if _is_whole(q):
+    if _is_by_head(q):
         tables, strides = _with_strides(q, k, v, out)
         batch, heads, length, width = q.shape
         labels = None if labels is None else labels.contiguous()
-        _whole(
+        _attention(
             *tables, strides, scale, batch, length, heads, width, num_prefix, topk, tops, least, labels,
             None if labels is None else counts, threads,
         )  # fmt: skip
@@ -101,10 +101,10 @@ def topk_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     outs = allocate_backward(grad, q, k, v)
     kind, threads = native_library.DTYPES[q.dtype], torch.get_num_threads()
-    if _is_whole(q):
+    if _is_by_head(q):
         tables, strides = _with_strides(grad, q, k, v, *outs)
         batch, heads, length, width = q.shape
-        _whole_backward(*tables, strides, scale, batch, length, heads, width, num_prefix, tops, least, threads)
+        _attention_backward(*tables, strides, scale, batch, length, heads, width, num_prefix, tops, least, threads)
         return outs
     all_scores, all_weights, all_slopes = (_scratch(q, d) for d in (torch.float32, q.dtype, q.dtype))
     with torch.autocast("cpu", enabled=False):
