@@ -34,7 +34,8 @@ def candidates() -> list[pathlib.Path]:
     """Where the library may lie, best first."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     has_products = capability == "avx512" and torch.cpu._is_avx512_bf16_supported()
-    has_tiles = has_products and torch.cpu._is_amx_tile_supported()
+    # The second asks the system, which may deny tiles to a process on a CPU that has them.
+    has_tiles = has_products and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
     names = dict.fromkeys(
         f"_native_{c}.so" for c in ["amx"] * has_tiles + ["bf16"] * has_products + [capability, "default"]
     )

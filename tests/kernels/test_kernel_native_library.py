@@ -184,6 +184,14 @@ def test_threads_are_torchs_own():
     assert count() == 1  # outside of a parallel region
 
 
+@pytest.mark.parametrize("granted", [True, False])
+def test_a_system_that_denies_tiles_gets_products_by_vectors(granted, monkeypatch):
+    for name, answer in (("_is_avx512_bf16_supported", True), ("_is_amx_tile_supported", True), ("_init_amx", granted)):
+        monkeypatch.setattr(torch.cpu, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert native_library.candidates()[0].name == ("_native_amx.so" if granted else "_native_bf16.so")
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "bf16"])
 def test_other_instruction_sets_are_right_as_well(capability):
     """Every small case once more, in a process for which torch reports less than the machine has."""
