@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ema.kernel import DTYPES, address_table
+from ..addresses import address_table
+from ..ema.kernel import DTYPES
 from ..launch import cdiv
 from ..tuning import tuned
 

@@ -1,6 +1,5 @@
 """EMA in Triton: one launch for all tensors of the same dtypes, through a table of their addresses."""
 
-import functools
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -9,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..addresses import address_table
 from ..launch import cdiv
 from ..tuning import tuned
 from . import reference
@@ -45,12 +45,6 @@ def ema_kernel(table_ptr, weight_ptr, count, ONLINE: tl.constexpr, ALIGNED: tl.c
             lerp(target_ptr, online_ptr, index, None, weight)
         else:
             lerp(target_ptr, online_ptr, index, index < size, weight)
-
-
-@functools.lru_cache(maxsize=64)
-def address_table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
-    """On the device; kept, because copying it there could not be captured in a CUDA graph."""
-    return torch.tensor(addresses, dtype=torch.int64, device=device)
 
 
 def is_same_and_dense(a: Tensor, b: Tensor) -> bool:
