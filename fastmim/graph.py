@@ -12,7 +12,8 @@ from fastmim_pipelines.spec import Batch
 from torch import Tensor
 
 from fastmim.config import ConfigError
-from fastmim.engine.base import StepInfo, capture_stream, on_capture_stream
+from fastmim.engine.base import StepInfo, on_capture_stream
+from fastmim.engine.ddp import DdpEngine
 from fastmim.methods.base import StepOutput
 from fastmim.step import StepProgram, to_device
 
@@ -83,7 +84,7 @@ class StaticStep:
 
     def __init__(self, program: StepProgram):
         self.program, self.engine = program, program.engine
-        self.warmup_steps = WARMUP_STEPS if self.engine.world == 1 else WARMUP_STEPS_DDP
+        self.warmup_steps = WARMUP_STEPS_DDP if isinstance(self.engine, DdpEngine) else WARMUP_STEPS
         device = self.engine.device
         # As exact as the numbers that they stand for.
         self.lr = torch.zeros((), dtype=torch.float64, device=device)
@@ -111,8 +112,6 @@ class StaticStep:
         """
         self._fill(batch, rng, lr, momentum)
         device = self.engine.device
-        if device.type == "cuda":
-            capture_stream(device).wait_stream(torch.cuda.current_stream())
         with on_capture_stream(device):
             if self.graph is not None:
                 self.graph.replay()
@@ -120,8 +119,6 @@ class StaticStep:
                 self._capture()
             else:
                 self.result = self._run()
-        if device.type == "cuda":
-            torch.cuda.current_stream().wait_stream(capture_stream(device))
         self.steps += 1
         numbers, outputs, info = self.result
         # The next step writes to these.

@@ -2,8 +2,8 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -142,9 +142,22 @@ def capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def on_capture_stream(device: torch.device) -> AbstractContextManager:
-    """Within it, a GPU's work is put on that stream; DDP's nodes of the backward pass stay where they were made."""
-    return torch.cuda.stream(capture_stream(device)) if device.type == "cuda" else nullcontext()
+@contextmanager
+def on_capture_stream(device: torch.device) -> Iterator[None]:
+    """Within it, a GPU's work is put on that stream, behind what was asked for before and before what is asked for later.
+
+    DDP's nodes of the backward pass stay where they were made.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream, outer = capture_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(outer)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        outer.wait_stream(stream)
 
 
 # Share of a device's memory that weights, gradients and AdamW may take; activations get the rest. Source: own choice.

@@ -1,17 +1,20 @@
 """A step on tensors that stay in place gives what the plain step gives; captured into a graph, on a GPU, too."""
 
+import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from fastmim_pipelines.spec import Batch
 from test_accumulation import OPTIONS, SD_DEC, OneStep, build, engine_spec, make_batch
+from torch.overrides import TorchFunctionMode
 
 from fastmim.arguments import parse_train
 from fastmim.config import ConfigError, TrainConfig
 from fastmim.engine.ddp import DdpEngine
 from fastmim.engine.single import SingleEngine
-from fastmim.graph import CaptureError, GraphError, StaticStep, choose_graph
+from fastmim.graph import WARMUP_STEPS_DDP, CaptureError, GraphError, StaticStep, choose_graph
 from fastmim.metrics import Display, Meter
 from fastmim.nonfinite import NonFiniteError
 from fastmim.trainer import Trainer
@@ -85,6 +88,57 @@ def test_tensors_that_stay_in_place_change_no_bit(name, options, accumulate):
     assert all(crop.data_ptr() != given.data_ptr() for crop, given in zip(places.crops, static.images.crops))
 
 
+class Uploads(TorchFunctionMode):
+    """Collects where tensors are made of numbers of the host: on a GPU, that is a copy which a capture does not allow."""
+
+    makers = (
+        torch.tensor,
+        torch.as_tensor,
+        torch.asarray,
+        torch.from_numpy,
+        torch.scalar_tensor,
+        torch.Tensor.new_tensor,
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in self.makers and not any(
+            isinstance(a, torch.Tensor) for a in args[func is torch.Tensor.new_tensor :]
+        ):
+            here = next(f for f in reversed(traceback.extract_stack()[:-1]) if "/torch/" not in f.filename)
+            self.found.append(f"{here.filename}:{here.lineno} {here.line}")
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_watch_sees_uploads():
+    like = torch.zeros(1)
+    for make in (lambda: torch.tensor([1.0]), lambda: like.new_tensor([1.0]), lambda: torch.as_tensor(1.0)):
+        with Uploads() as watch:
+            make()
+        assert len(watch.found) == 1 and "test_graph.py" in watch.found[0]
+    with Uploads() as watch:
+        torch.as_tensor(like), torch.full((1,), 2.0), like + 1
+    assert not watch.found
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "options"), [*OPTIONS.items(), ("icmae", SD_DEC)], ids=[*OPTIONS, "sd_dec"]
+)  # fmt: skip
+def test_a_step_makes_no_tensor_of_numbers_of_the_host(name, options, accumulate, monkeypatch):
+    """But for the address tables of Triton's AdamW and EMA, which have their own way, see test_kernel_addresses.py."""
+    monkeypatch.setenv("FASTMIM_KERNELS", "reference")
+    run = Run(name, options, "on", accumulate).steps(1)
+    static = run.trainer.static
+    # On CPUs ops look at values to check them; not on GPUs, nor here.
+    with Uploads() as watch, patch("torch.compiler.is_compiling", return_value=True):
+        static._run()
+    assert not watch.found
+
+
 class DdpRun(Run):
     engine_class = DdpEngine
 
@@ -101,6 +155,7 @@ def test_ddp_on_tensors_that_stay_in_place(process_group):
     """A gradient that is thrown away before, as when a step is captured, leaves nothing behind either."""
     plain, static = (DdpRun("mae", OPTIONS["mae"], graph, 2) for graph in ("off", "on"))
     static.steps(1)
+    assert static.trainer.static.warmup_steps == WARMUP_STEPS_DDP  # one process or many: DDP times its first steps
     static.trainer.program.gradient(static.trainer.static.batch, static.rng)
     assert static.engine.discard() > 0
     assert all(parameter.grad is None for parameter in static.engine.parameters)

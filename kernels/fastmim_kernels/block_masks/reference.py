@@ -35,11 +35,10 @@ def block_masking(
     batch, (rows, columns) = len(ids), grid
     words = random_words(rng, ids, Stream.BLOCK, ROUNDS * TRIES * WORDS).view(batch, ROUNDS, TRIES, WORDS)
     # float64: the same rectangle on every device but for areas within 1e-15 of a rounding border.
-    shape = (words[..., 0, None] >> words.new_tensor([16, 0]) & 0xFFFF).double() * 2.0**-16
-    area_draw, aspect_draw = shape.unbind(-1)
+    area_draw, aspect_draw = (half.double() * 2.0**-16 for half in halves(words[..., 0]))
     low, high = (math.log(a) for a in aspect)
     ratio = torch.exp(low + (high - low) * aspect_draw)
-    place = words[..., 1, None] >> words.new_tensor([16, 0]) & 0xFFFF
+    place = torch.stack(halves(words[..., 1]), -1)
 
     mask = torch.zeros((batch, rows, columns), dtype=torch.bool, device=ids.device)
     missing = torch.full((batch,), num_masked, device=ids.device)
@@ -66,6 +65,11 @@ def block_masking(
     # Visible patches first, each kind in raster order.
     keys = flat.long() << INDEX_BITS | torch.arange(rows * columns, device=ids.device)
     return mask_ids(keys.sort(dim=1).values & ((1 << INDEX_BITS) - 1), rows * columns - num_masked)
+
+
+def halves(words: Tensor) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 16 bits of words of 32."""
+    return words >> 16 & 0xFFFF, words & 0xFFFF
 
 
 def count_inside(mask: Tensor, top: Tensor, left: Tensor, bottom: Tensor, right: Tensor) -> Tensor:

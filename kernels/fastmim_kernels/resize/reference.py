@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import autocast
+from ..patches.reference import constants
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def random_resized_crop(
         return x.to(dtype)
     x = x / 255 if is_level else x
     if mean is not None:
-        shift, scale = (x.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+        shift, scale = (constants(list(values), x, x.dtype).view(-1, 1, 1) for values in (mean, std))
         x = (x - shift) / scale
     return x.to(dtype)
 
