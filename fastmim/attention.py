@@ -5,18 +5,19 @@ FASTMIM_ATTENTION=<name> takes one implementation for all sizes. All take tokens
 projection left them, (B, N, heads, d), without permuted copies.
 """
 
+import contextlib
 import functools
 import importlib.util
 import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from fastmim_kernels import dispatch, qkv_attention
-from fastmim_kernels.qkv import LONGEST
+from fastmim_kernels.qkv import ATTENTION, LONGEST
 from fastmim_kernels.qkv import attention as by_head
 from torch import Tensor
 from torch.nn import functional as F
@@ -94,6 +95,8 @@ CANDIDATES: dict[str, Candidate] = {
 }
 # Size -> name, filled by `choose`.
 CHOSEN: dict[Size, str] = {}
+# See `as_on_gpus`.
+_as_on_gpus = False
 # Where `choose` collects sizes, and the batches that they come in, while it runs a step; None: nowhere.
 _seen: dict[Size, int] | None = None
 
@@ -112,8 +115,21 @@ class Biased(NamedTuple):
         return by_head(q, k, v, self.bias)
 
 
+@contextlib.contextmanager
+def as_on_gpus() -> Iterator[None]:
+    """Within it, attention of tensors without values keeps what fused kernels keep on GPUs: no tables of scores."""
+    global _as_on_gpus
+    before, _as_on_gpus = _as_on_gpus, True
+    try:
+        yield
+    finally:
+        _as_on_gpus = before
+
+
 def attend_packed(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
     """Self-attention of (B, N, 3, heads, d) -> (B, N, heads, d); bias: see `Biased`."""
+    if _as_on_gpus:
+        return ATTENTION(qkv, bias)[0]
     if bias is None:
         name = name_for(qkv, qkv.shape[1], qkv.shape[1])
         return qkv_attention(qkv) if name == "kernels" else CANDIDATES[name].compute(*qkv.unbind(2))
@@ -132,7 +148,7 @@ def takes_packed(tokens: Tensor) -> bool:
     """Whether self-attention of tokens (B, N, ...) has a compiled kernel of ours, which takes packed projections alone."""
     device = tokens.device.type
     is_low = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-    if device != "cpu" or tokens.shape[1] > LONGEST or not (is_low or tokens.dtype == torch.bfloat16):
+    if _as_on_gpus or device != "cpu" or tokens.shape[1] > LONGEST or not (is_low or tokens.dtype == torch.bfloat16):
         return False
     return default_of(device) == "kernels" and not dispatch.uses_reference("qkv", tokens.device, torch.bfloat16)
 
@@ -140,7 +156,7 @@ def takes_packed(tokens: Tensor) -> bool:
 def name_for(x: Tensor, queries: int, keys: int) -> str:
     """The implementation for projections x (B, ..., heads, d) of so many tokens."""
     if x.device.type == "cpu":
-        return default_of("cpu")
+        return "flash" if _as_on_gpus else default_of("cpu")
     return _chosen(x.device.type, x.dtype, torch.is_grad_enabled(), len(x), queries, keys, *x.shape[-2:])
 
 
@@ -210,11 +226,10 @@ def measure(size: Size, batch: int) -> str:
 
 def seconds_of(compute: Tokens, size: Size, batch: int) -> float:
     """Median time of a call, with its backward pass if there is one, on a packed projection's views."""
-    generator = torch.Generator().manual_seed(0)
 
     def draw(tokens: int, parts: int) -> Tensor:
         shape = (batch, tokens, parts, size.heads, size.width)
-        return torch.randn(shape, generator=generator).to(size.device, size.dtype).requires_grad_(size.has_grad)
+        return torch.randn(shape, device=size.device, dtype=size.dtype).requires_grad_(size.has_grad)
 
     if size.queries == size.keys:
         q, k, v = draw(size.keys, 3).unbind(2)

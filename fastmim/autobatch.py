@@ -24,8 +24,9 @@ from fastmim.step import StepProgram
 UNIT = 8
 # Share of a device's memory that a step may take: evaluation, other processes and fragments need some, too. Own choice.
 SHARE = 0.9
-# No batch is larger than this without a data set to bound it. Own choice.
-MOST_IMAGES = 1 << 16
+# No batch is larger than this without a data set to bound it: torch's attention for GPUs has a launch dimension of at most
+# 65,535 for the batch (pytorch issues 142228, 146704).
+MOST_IMAGES = (1 << 16) - UNIT
 
 
 class Found(NamedTuple):
@@ -136,7 +137,7 @@ def _computed(
         # The state has the gradients.
         return trace_step(
             config.method, model, config.options, images, low_precision=config.precision != "fp32", gradient_share=0.0,
-            policy=config.checkpointing,
+            policy=config.checkpointing, device=device.type,
         ).peak  # fmt: skip
 
     least, each = peak(low), (peak(high) - peak(low)) / (high - low)

@@ -5,17 +5,20 @@ bf16): within 1 %.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from fastmim_kernels import dispatch
 from fastmim_pipelines.spec import Batch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastmim import attention
 from fastmim.config import ModelSpec, TrainConfig
 from fastmim.methods import base as methods
 from fastmim.recompute import Checkpointing as Policy
@@ -80,6 +83,7 @@ def trace_step(
     low_precision: bool,
     gradient_share: float = 1.0,
     policy: Policy = "none",
+    device: str = "cpu",
 ) -> StepMemory:
     """Runs forward and backward of a method without computing anything.
 
@@ -90,11 +94,13 @@ def trace_step(
         gradient_share: share of each gradient that stays once it is complete: 1 / ranks where it is sharded, 0 where
             it has a place of its own (DDP's buckets).
         policy: what blocks do not keep, see recompute.py.
+        device: its type. A GPU need not be there, nor be what this torch was built for.
     """
     with torch.device("meta"):
         method = methods.build(name, model, options, 0)
-    # As for a CPU: our ops keep the same tensors on GPUs, and torch may have been built without CUDA.
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    # On tensors of a CPU, whatever the device: but for these two, ops keep the same.
+    keeping = _as_on_gpus() if device == "cuda" else nullcontext()
+    with keeping, FakeTensorMode(allow_non_fake_inputs=True):
         method.to_empty(device="cpu")
         set_checkpointing(method, policy)
         images = (torch.zeros(batch, model.in_chans, *crop.size, dtype=torch.uint8) for crop in method.crops)
@@ -110,6 +116,13 @@ def trace_step(
                 loss = method(data, rng).loss
             loss.backward()
     return StepMemory(saved.bytes, live.peak, live.ops)
+
+
+@contextmanager
+def _as_on_gpus() -> Iterator[None]:
+    """Attention is fused whatever the dtype; linear layers are torch's, and GELU's result is kept for them."""
+    with attention.as_on_gpus(), dispatch.reference_of("dense"):
+        yield
 
 
 def _shard(parameter: Tensor, live: Live, share: float) -> None:

@@ -83,9 +83,9 @@ def make_plan(config: TrainConfig, cluster: Cluster, efficiency: float = 1.0, wh
     model = config.model_spec()
     with torch.device("meta"):
         method = methods.build(config.method, model, config.options, config.seed)
+    device = torch.device("cpu" if cluster.machine.is_cpu else "cuda")
     if config.accumulate is None:
         # As the trainer cuts it.
-        device = torch.device("cpu" if cluster.machine.is_cpu else "cuda")
         exact = dataclasses.replace(config, precision="fp32" if config.precision == "fp32" else "bf16")
         config = dataclasses.replace(config, accumulate=micro_batches(exact, method, cluster.gpus, device))
     formula = getattr(methods.find(config.method), "flops", None)
@@ -97,7 +97,14 @@ def make_plan(config: TrainConfig, cluster: Cluster, efficiency: float = 1.0, wh
     # Gradients weigh on the peak only where they come and go: one trace with them, one without, per policy.
     steps = {
         (share, policy): trace_step(
-            config.method, model, config.options, micro, low_precision=low, gradient_share=share, policy=policy
+            config.method,
+            model,
+            config.options,
+            micro,
+            low_precision=low,
+            gradient_share=share,
+            policy=policy,
+            device=device.type,
         )
         for share in (0.0, 1.0)
         for policy in POLICIES
@@ -184,10 +191,11 @@ def fit(record: dict, machine: Machine) -> Fit:
     On a CPU it has the time of a second batch, too (`other_batch`, `other_ms`): what does not grow with the batch tells how
     long it takes to start operations. Without it, or where noise hides it, that is what `machine` says.
     """
-    load = alone(config_of(record), record.get("micro_batches", 1))
+    device = "cpu" if machine.is_cpu else "cuda"
+    load = alone(config_of(record), record.get("micro_batches", 1), device)
     seconds, limit, starts = record["ms"] / 1e3, seconds_at_ceilings(load, machine), load.accumulate * load.ops
     if "other_ms" in record:
-        load = alone(config_of(record | {"batch_size": record["other_batch"]}), record["other_micro_batches"])
+        load = alone(config_of(record | {"batch_size": record["other_batch"]}), record["other_micro_batches"], device)
         other, other_limit, other_starts = (
             record["other_ms"] / 1e3,
             seconds_at_ceilings(load, machine),
@@ -209,10 +217,11 @@ def seconds_at_ceilings(load: Load, machine: Machine) -> float:
     return load.accumulate * compute_seconds(load, machine) + optimizer_seconds(load, machine)
 
 
-def alone(config: TrainConfig, micro_batches: int = 1) -> Load:
-    """The work of one process that takes the whole batch, in so many parts."""
+def alone(config: TrainConfig, micro_batches: int = 1, device: str = "cpu") -> Load:
+    """The work of one process that takes the whole batch, in so many parts, on a type of device."""
     model, size = config.model_spec(), config.batch_size // micro_batches
-    step = trace_step(config.method, model, config.options, size, low_precision=config.precision != "fp32")
+    low = config.precision != "fp32"
+    step = trace_step(config.method, model, config.options, size, low_precision=low, device=device)
     with torch.device("meta"):
         method = methods.build(config.method, model, config.options, 0)
     formula = getattr(methods.find(config.method), "flops", None)

@@ -110,7 +110,7 @@ class Session:
             return dataclasses.replace(config, batch_size=saved)
         most = autobatch.MOST_IMAGES
         if self.train_index is not None:
-            most = len(self.train_index) // (world * (config.accumulate or 1))
+            most = min(most, len(self.train_index) // (world * (config.accumulate or 1)))
         found = autobatch.find_batch(config, self.model, self.device, self.choice, plan.batch_multiple, most)
         images = dist.judged_by_rank_0("batch size", str(found.images), lambda texts: str(min(map(int, texts))))
         batch_size = autobatch.resolve(found._replace(images=int(images)), world, config.accumulate)

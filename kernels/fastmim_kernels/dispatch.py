@@ -6,11 +6,13 @@ the choice between reference and compiled when it traces). An op has a backend w
 (``native.py``, ``kernel.py``) and that file imports; nothing else has to be registered.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
 import pkgutil
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -26,6 +28,8 @@ DEVICES = {"native": "cpu", "triton": "cuda"}
 COMPUTED = (torch.uint8, torch.float32, torch.bfloat16, torch.float16)
 # (op, backend) -> module, filled by load().
 LOADED: dict[tuple[str, str], ModuleType] = {}
+# See `reference_of`.
+_to_reference: frozenset[str] = frozenset()
 
 
 @functools.cache
@@ -73,7 +77,7 @@ def backend_of(op: str, device_type: str) -> str:
 
     Raises: RuntimeError where ``FASTMIM_KERNELS`` names an unknown backend, or one that this op lacks on this device.
     """
-    wanted = os.environ.get(VARIABLE, "")
+    wanted = "reference" if op in _to_reference else os.environ.get(VARIABLE, "")
     if not wanted:
         preferred = next((backend for backend, device in DEVICES.items() if device == device_type), "reference")
         wanted = "reference" if _missing(op, preferred, device_type, _is_interpreted()) else preferred
@@ -85,6 +89,17 @@ def backend_of(op: str, device_type: str) -> str:
             f"{op}: backend {wanted!r} is forced by {VARIABLE}, but {reason}; unset {VARIABLE} or set it to reference."
         )
     return wanted
+
+
+@contextlib.contextmanager
+def reference_of(op: str) -> Iterator[None]:
+    """Within it, the reference computes ``op``."""
+    global _to_reference
+    before, _to_reference = _to_reference, _to_reference | {op}
+    try:
+        yield
+    finally:
+        _to_reference = before
 
 
 def uses_reference(op: str, device: torch.device, *values: Tensor | torch.dtype | None) -> bool:

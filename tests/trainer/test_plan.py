@@ -10,15 +10,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fastmim_kernels import dispatch
 from fastmim_pipelines.spec import Batch
 from trainer_run import ROOT
 
 from fastmim import bench, plan, roofline, scale
 from fastmim.arguments import parse_train
 from fastmim.cli import run
-from fastmim.config import ConfigError
+from fastmim.config import SIZES, ConfigError
 from fastmim.engine import base as engines
-from fastmim.memory import trace_step
+from fastmim.memory import StepMemory, trace_step
 from fastmim.methods import base as methods
 from fastmim.roofline import MACHINES, Cluster, Load
 
@@ -81,6 +82,51 @@ def test_traced_memory_follows_the_batch_the_policy_and_the_sharding():
     whole = trace_step("mae", model, options, 1, low_precision=True)
     parameters = sum(p.numel() for p in methods.build("mae", model, options, 0).parameters())
     assert 0.25 * 4 * parameters < whole.peak - sharded.peak < 4 * parameters
+
+
+@pytest.mark.parametrize("name", methods.available())
+def test_memory_of_a_gpu_is_the_same_whatever_cpu_computes_it(name, monkeypatch):
+    """Hosts differ in their kernels for bfloat16: without them, attention keeps its scores on a CPU."""
+    model, options = demo(name)
+
+    def trace(device: str) -> StepMemory:
+        return trace_step(name, model, options, IMAGES, low_precision=True, device=device)
+
+    gpu, cpu = trace("cuda"), trace("cpu")
+    with dispatch.reference_of("dense"), dispatch.reference_of("qkv"):
+        assert trace("cuda") == gpu
+        assert trace("cpu").saved > gpu.saved
+    assert cpu != gpu or not has_products()
+    monkeypatch.setenv("FASTMIM_ATTENTION", "math")
+    assert trace("cuda") == gpu
+
+
+def has_products() -> bool:
+    return not dispatch.uses_reference("dense", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cuda", 1), ("cpu", 0)])
+def test_gelu_is_kept_for_the_products_of_gpus(device, kept):
+    """By hand: four times the width, two bytes, for each token of each block, and not with `--checkpointing mlp`."""
+    if device == "cpu" and not has_products():
+        pytest.skip("the kernels of this CPU do not multiply bfloat16: as on GPUs")
+    model, options = demo("mae")
+    saved = {
+        (policy, images): trace_step(
+            "mae", model, options, images, low_precision=True, policy=policy, device=device
+        ).saved
+        for policy in ("none", "mlp")
+        for images in (IMAGES, 2 * IMAGES)
+    }
+    # What grows with the batch, that is, without the weights.
+    none, mlp = (saved[policy, 2 * IMAGES] - saved[policy, IMAGES] for policy in ("none", "mlp"))
+    encoder = SIZES[model.name]
+    visible = model.num_patches - round(model.num_patches * options.mask_ratio)
+    tokens = encoder.depth * (1 + visible) * encoder.width
+    # The last block of the decoder has an MLP for the masked patches alone.
+    decoded = (options.decoder_depth - 1) * (1 + model.num_patches) + model.num_patches - visible
+    tokens += decoded * options.decoder_width
+    assert none - mlp == kept * IMAGES * 4 * 2 * tokens
 
 
 def test_single_state_is_what_the_engine_holds():
