@@ -58,7 +58,7 @@ MAKE: dict[str, type[Ours]] = {
 }  # fmt: skip
 WAYS = tuple(MAKE)
 PLACE = Here if IS_GPU else Apart
-OTHER, WRONG = "ours, another batch", "its losses differ from ours"
+OTHER, WRONG, BROKEN = "ours, another batch", "its losses differ from ours", "it failed"
 # Relative to ours, over the steps before timing.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 KEY = ("method", "model", "image_size", "patch_size", "batch_size", "precision")
@@ -110,10 +110,11 @@ def measure(
         for way in ways:
             try:
                 start(way, MAKE[way], case, checked)
-            except ABSENT as e:
+            except Exception as e:
+                # Whatever another way stumbles over, the rest is still measured.
                 if way == "ours":
                     raise
-                absent.append(_missing(case, way, str(e).splitlines()[0], is_final=True))
+                absent.append(_failed(case, way, e))
         expected = found["ours"].facts.losses
         errors = {
             way: max(abs(a - b) / abs(b) for a, b in zip(each.facts.losses, expected)) for way, each in found.items()
@@ -129,8 +130,14 @@ def measure(
         times: dict[str, list[float]] = {way: [] for way in found}
         began = time.perf_counter()
         for _ in range(rounds):
-            for way, each in found.items():
-                times[way].append(each.turn())
+            for way, each in list(found.items()):
+                try:
+                    times[way].append(each.turn())
+                except Exception as e:
+                    if way in ("ours", OTHER):
+                        raise
+                    absent.append(_failed(case, way, e))
+                    del found[way], times[way]
             if time.perf_counter() - began > seconds and len(times["ours"]) >= 3:
                 break
         other = found.pop(OTHER, None)
@@ -177,6 +184,13 @@ def processes(each: Here | Apart) -> str:
 def ours_on() -> str:
     """Which kernels our ways run on; the reference says that those for this device are not there."""
     return dispatch.backend_of("layer_norm", DEVICE.type)
+
+
+def _failed(case: dict, way: str, error: Exception) -> dict:
+    """Of a way that could not be made, or broke."""
+    words = next(iter(str(error).splitlines()), "")
+    is_absent = isinstance(error, ABSENT)
+    return _missing(case, way, words if is_absent else f"{BROKEN}: {type(error).__name__}: {words}", is_final=is_absent)
 
 
 def _missing(case: dict, way: str, why: str, is_final: bool = False) -> dict:
@@ -260,6 +274,12 @@ def quick(index: int, results: Path, told) -> None:
     records = run([case], ways, results / "steps.jsonl", rounds=5, checked=6 if IS_GPU else 3, seconds=40)
     found = {r["provider"]: r for r in records if _key(r) == _key(case | {"provider": r.get("provider")}) and "ms" in r}
     told([ms / 1e3 for ms in found["ours"]["rounds_ms"]], {way: r["ms"] / 1e3 for way, r in found.items()})
+    assert not mistakes(records), mistakes(records)
+
+
+def mistakes(records: list[dict]) -> list[str]:
+    """Why ways have no times, although they could be made here."""
+    return [r["why"] for r in records if r.get("why", "").startswith((WRONG, BROKEN))]
 
 
 def bench_mae_step(results, told):
@@ -271,7 +291,7 @@ def bench_cmae_step(results, told):
 
 
 def main() -> int:
-    """1 if a way computed something else."""
+    """1 if a way computed something else, or failed."""
     parser = argparse.ArgumentParser(prog="fastmim bench step", description="Training steps side by side.")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the lines go; cases in it are not run again")
     parser.add_argument("--methods", nargs="+", default=methods.available())
@@ -296,7 +316,7 @@ def main() -> int:
         )
     if args.json is not None:
         report.write_report(args.json)
-    return int(not args.report and any(r.get("why", "").startswith(WRONG) for r in records))
+    return int(not args.report and bool(mistakes(records)))
 
 
 if __name__ == "__main__":

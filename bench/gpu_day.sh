@@ -113,7 +113,8 @@ main() {
     9) FASTMIM_BENCH_COMPILE=${FASTMIM_BENCH_COMPILE:-max-autotune} run bench/bench_step.py --json "$out/steps-max-autotune.jsonl" --methods mae \
         --providers ours graph stock $base ;;
     10) run bench/bench_e2e.py --json "$out/e2e.jsonl" $e2e $trained ;;
-    11) run bench/bench_loader.py --json "$out/loaders.jsonl" $loader ;;
+    # Loaders on the CPU: DALI and nvImageCodec would take the GPU.
+    11) CUDA_VISIBLE_DEVICES= run bench/bench_loader.py --json "$out/loaders.jsonl" $loader ;;
     12) most --methods mae cmae $batches ;;
     13) steps --providers ours graph blocks fp8 fp8-blocks --methods mae $large ;;
     esac

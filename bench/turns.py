@@ -20,7 +20,7 @@ from providers import Ours
 from fastmim.config import ConfigError
 
 PATIENCE_S = 20
-# Why there is no such way here; other errors are mistakes.
+# Why there is no such way here; other errors are mistakes, or those of other people's code.
 ABSENT = (LookupError, ImportError, ConfigError, torch.OutOfMemoryError)
 
 
@@ -132,6 +132,9 @@ def _serve(pipe, threads: int, kind: type[Ours], case: dict, checked: int) -> No
         # Its words alone: not every error survives the way through a pipe.
         pipe.send(LookupError(str(e)))
         return
+    except Exception as e:
+        pipe.send(RuntimeError(f"{type(e).__name__}: {e}"))
+        raise
     # Until the other end is gone.
     with suppress(EOFError, BrokenPipeError):
         pipe.send(here.facts)

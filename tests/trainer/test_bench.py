@@ -111,6 +111,30 @@ def test_a_package_with_other_names_is_missing_not_wrong(step, monkeypatch):
     assert new[1]["why"].endswith("head.weight")
 
 
+@pytest.mark.parametrize("at", ["start", "turn"])
+def test_a_way_that_fails_costs_the_others_nothing(step, at, tmp_path, monkeypatch):
+    """As a graph that cannot be captured, or a compiler that gives up: said, tried again another time, and exit status 1."""
+
+    class Failing(step.OfficialStyle):
+        taken = 0
+
+        def step(self):
+            Failing.taken += 1
+            if at == "start" or Failing.taken > 2:
+                raise RuntimeError("operation not permitted\nmore words")
+            return super().step()
+
+    monkeypatch.setitem(step.MAKE, "official", Failing)
+    path = tmp_path / "steps.jsonl"
+    found = step.run(
+        [case(step, "mae")], ["ours", "official", "plain"], path, rounds=3, checked=2, seconds=60, place=step.Here
+    )
+    assert [r["provider"] for r in found if r["suite"] == "step"] == ["ours", "plain"]
+    (missing,) = (r for r in found if r["suite"] == "missing")
+    assert missing["why"] == "it failed: RuntimeError: operation not permitted" and not missing["is_final"]
+    assert step.mistakes(found) == [missing["why"]]
+
+
 def test_nothing_is_timed_if_losses_differ(step, tmp_path, monkeypatch):
     class Wrong(step.OfficialStyle):
         def forward(self):
