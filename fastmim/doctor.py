@@ -165,7 +165,9 @@ class _Examination:
             fed = self._timed(lambda: next(batches)) * batch_size
             self._say("loader", fed, reason)
             transfer = self._transfer(next(batches))
-            noise, _ = make_loader("synthetic", self.session.crops, count=max(batch_size, 64), **options)
+            noise, _ = make_loader(
+                "synthetic", self.session.crops, count=max(batch_size, 64), device=self.device, **options
+            )
             take_step = self._step(batch_size)
             noises = chain.from_iterable(map(noise.epoch, count()))
             step = self._timed(lambda: take_step(next(noises))) * batch_size

@@ -88,7 +88,10 @@ def open_loader(
             batch_size=config.batch_size, rank=dist.launched_rank(), world=dist.launched_world(), seed=config.seed,
             in_chans=config.in_chans,
         )  # fmt: skip
-        if config.loader != "synthetic":
+        if config.loader == "synthetic":
+            # Noise stands for data that are there in time.
+            options["device"] = device
+        else:
             pin = device.type == "cuda"
             options |= dict(workers=config.workers, on_bad_image=config.on_bad_image, pin_memory=pin)
         return make_loader(config.loader, crops, data=index, **options)

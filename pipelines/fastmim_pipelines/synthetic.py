@@ -50,7 +50,11 @@ class SyntheticLoader:
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         for step in range(start_step, self.steps_per_epoch):
             positions = batch_positions(step, *self._place)
-            ids = torch.from_numpy(permute(self._seed, epoch, self._count, positions)).to(self._pools[0].device)
+            ids, device = torch.from_numpy(permute(self._seed, epoch, self._count, positions)), self._pools[0].device
+            if device.type == "cuda":
+                ids = ids.pin_memory().to(
+                    device, non_blocking=True
+                )  # from other memory, the host would wait for the GPU
             yield Batch(tuple(pool[ids % len(pool)] for pool in self._pools), ids)
 
     def set_boxes(self, boxes: np.ndarray | None) -> None:
