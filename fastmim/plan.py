@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 
 from fastmim.bench import config_of
-from fastmim.config import ConfigError, TrainConfig, nearest
+from fastmim.config import ConfigError, TrainConfig, check_range, nearest
 from fastmim.engine.base import choose
-from fastmim.flops import training_flops
+from fastmim.flops import TRAINED, Flops, training_flops
 from fastmim.memory import Policy, StepMemory, micro_batches, trace_step
 from fastmim.methods import base as methods
 from fastmim.roofline import (
@@ -27,6 +27,7 @@ from fastmim.roofline import (
     compute_seconds,
     gradient_share,
     optimizer_seconds,
+    sheet_peak,
     state_bytes,
     step_time,
     traffic,
@@ -42,6 +43,8 @@ CONTEXT_BYTES, USABLE = 1.0 * GIB, 0.94
 PERSISTENT = 100_000
 # What `Method.represent` runs of the terms of flops.py.
 REPRESENTED = ("encoder", "feature decoder", "class blocks", "target encoder", "target class blocks")
+# Above 1, as the published algorithm's operations count, of which our steps leave some out. Own choice.
+MOST_EFFICIENCY = 1.5
 
 
 class Memory(NamedTuple):
@@ -59,18 +62,30 @@ class Memory(NamedTuple):
 class Plan:
     config: TrainConfig
     cluster: Cluster
-    load: Load
+    loads: dict[Policy, Load]
     flops: float
     """Per image, as published."""
     memory: dict[tuple[str, Policy], Memory]
-    times: dict[str, StepTime]
+    times: dict[tuple[str, Policy], StepTime]
     efficiency: float
     why_efficiency: str
     stage: str
     why_stage: str
 
+    @property
+    def load(self) -> Load:
+        return self.loads[self.config.checkpointing]
+
+    @property
+    def stages(self) -> list[str]:
+        return list(dict.fromkeys(stage for stage, _ in self.times))
+
+    def time(self, stage: str) -> StepTime:
+        """Of a step as the run's options have it."""
+        return self.times[stage, self.config.checkpointing]
+
     def images_per_s(self, stage: str) -> float:
-        return self.config.batch_size / self.times[stage].total
+        return self.config.batch_size / self.time(stage).total
 
 
 def make_plan(config: TrainConfig, cluster: Cluster, efficiency: float = 1.0, why: str = "the roofline itself") -> Plan:
@@ -92,9 +107,21 @@ def make_plan(config: TrainConfig, cluster: Cluster, efficiency: float = 1.0, wh
     flops = training_flops(config.method, model, config.options, formula)
     if flops is None:
         raise ConfigError(f"plan: expected {config.method} to have a FLOP formula; define `flops` in its file")
+    check_groups(config, cluster.gpus, method.batch_multiple)
     micro = config.batch_size // cluster.gpus // config.accumulate
     low = config.precision != "fp32"
-    # Gradients weigh on the peak only where they come and go: one trace with them, one without, per policy.
+    sizes = load_of(method, flops.training, micro, config.accumulate, low_precision=low)
+    device_bytes = None if math.isinf(cluster.machine.memory) else round(cluster.machine.memory)
+    choice = choose(
+        config.engine, config.zero, cluster.gpus, sizes.trained, device_bytes, frozen=sizes.frozen,
+        offload=config.zero_offload,
+    )  # fmt: skip
+    stages = STAGES if cluster.gpus > 1 else ("single",)
+    stage = f"zero {choice.stage}" if choice.stage and cluster.gpus > 1 else stages[0]
+    if choice.offload != "none":
+        stage = f"zero {choice.stage} {choice.offload}"
+        stages = (*stages, stage)
+    # Gradients weigh on the peak only where they come and go.
     steps = {
         (share, policy): trace_step(
             config.method,
@@ -106,32 +133,64 @@ def make_plan(config: TrainConfig, cluster: Cluster, efficiency: float = 1.0, wh
             policy=policy,
             device=device.type,
         )
-        for share in (0.0, 1.0)
+        for share in {gradient_share(s, config.accumulate) for s in stages}
         for policy in POLICIES
     }
     joins = method.mixes_images and method.can_represent() and config.contrast_batch == "step" and config.accumulate > 1
     again = sum(t.forward for t in flops.terms if joins and t.name.partition(":")[0] in REPRESENTED)
-    load = load_of(method, flops.training + again, micro, config.accumulate, steps[1.0, "none"])
-    stages = STAGES if cluster.gpus > 1 else ("single",)
-    memory = {
-        (stage, policy): Memory(
-            state_bytes(stage, load, cluster.gpus), steps[gradient_share(stage), policy].peak
+    share = gradient_share(stages[0], config.accumulate)
+    kept = steps[share, "none"]
+    loads = {
+        policy: sizes._replace(
+            flops=flops.training + again + (in_blocks(flops) if policy == "blocks" else 0.0),
+            saved=kept.saved,
+            ops=steps[share, policy].ops,
+            recomputed=kept.saved - steps[share, policy].saved,
         )
-        for stage in stages
+        for policy in POLICIES
+    }
+    memory = {
+        (s, policy): Memory(
+            state_bytes(s, sizes, cluster.gpus), steps[gradient_share(s, config.accumulate), policy].peak
+        )
+        for s in stages
         for policy in POLICIES
     }  # fmt: skip
-    times = {s: step_time("ddp" if s == "single" else s, load, cluster, efficiency) for s in stages}
-    device_bytes = None if math.isinf(cluster.machine.memory) else round(cluster.machine.memory)
-    choice = choose(
-        config.engine, config.zero, cluster.gpus, load.trained, device_bytes, frozen=load.frozen,
-        offload=config.zero_offload,
-    )  # fmt: skip
-    stage = f"zero {choice.stage}" if choice.stage and cluster.gpus > 1 else stages[0]
-    return Plan(config, cluster, load, flops.training, memory, times, efficiency, why, stage, choice.reason)
+    times = {(s, policy): step_time(s, loads[policy], cluster, efficiency) for s in stages for policy in POLICIES}
+    return Plan(config, cluster, loads, flops.training, memory, times, efficiency, why, stage, choice.reason)
+
+
+def check_groups(config: TrainConfig, gpus: int, multiple: int) -> None:
+    """As the trainer does, which knows its processes from the launcher alone (session.py).
+
+    Args:
+        multiple: the method's `batch_multiple`.
+    """
+    each = gpus * config.accumulate * multiple
+    if config.batch_size % each:
+        raise ConfigError(
+            f"--batch-size: expected a multiple of {each} (processes x --accumulate x {multiple}, the "
+            f"images of a group of {config.method}), got {config.batch_size}; "
+            f"take {max(1, config.batch_size // each) * each}"
+        )
+
+
+def in_blocks(flops: Flops) -> float:
+    """What the forward pass of the blocks costs that are trained: `--checkpointing blocks` takes it twice.
+
+    With the layers that lead into and out of a decoder, which are small.
+    """
+    return sum(t.forward for t in flops.terms if t.passes == TRAINED and "head" not in t.name and t.name != "contrast")
 
 
 def load_of(
-    method: methods.Method, flops: float, micro_batch: int, accumulate: int = 1, step: StepMemory | None = None
+    method: methods.Method,
+    flops: float,
+    micro_batch: int,
+    accumulate: int = 1,
+    step: StepMemory | None = None,
+    *,
+    low_precision: bool = True,
 ) -> Load:
     """One process's work; the method may be on the meta device. Without a traced step, products alone take time."""
     trained = [p.numel() for p in method.parameters() if p.requires_grad]
@@ -139,7 +198,9 @@ def load_of(
     own = (module.parameters(recurse=False) for module in method.modules())
     gathers = sum(any(p.numel() > PERSISTENT for p in parameters) for parameters in own)
     saved, ops = (step.saved, step.ops) if step else (0, 0)
-    return Load(sum(trained), frozen, micro_batch, accumulate, flops, saved, ops, len(trained), gathers)
+    return Load(
+        sum(trained), frozen, micro_batch, accumulate, flops, saved, ops, len(trained), gathers, low_precision
+    )  # fmt: skip
 
 
 # ---- efficiency from measurements
@@ -165,51 +226,63 @@ def measured(path: Path, method: str, precision: str) -> tuple[Machine, float, s
             f"--measured: expected {precision} steps of ours, found none; run `fastmim bench step --json {path}`"
         )
     known = next((m for m in MACHINES.values() if m.name in ours[0]["device"]), None)
-    product = max(r["matmul_tflops" if precision == "bf16" else "matmul_fp32_tflops"] for r in ceilings)
-    copy = max(r["copy_gb_s"] for r in ceilings)
+    product, product32, copy = (
+        max(r[key] for r in ceilings) for key in ("matmul_tflops", "matmul_fp32_tflops", "copy_gb_s")
+    )
     machine = Machine(
-        ours[0]["device"], product * 1e12 / MATMUL_SHARE, known.memory if known else math.inf, copy * 1e9 / COPY_SHARE,
-        known.link if known else 0.0, is_cpu=ours[0]["device_type"] == "cpu",
+        ours[0]["device"], product * 1e12 / MATMUL_SHARE, product32 * 1e12 / MATMUL_SHARE,
+        known.memory if known else math.inf, copy * 1e9 / COPY_SHARE, known.link if known else 0.0,
+        is_cpu=ours[0]["device_type"] == "cpu",
     )  # fmt: skip
     fits = [fit(r, machine) for r in ours]
     machine = machine._replace(op_seconds=median(f.op_seconds for f in fits))
-    return machine, geometric_mean(f.efficiency for f in fits), f"measured: {len(ours)} points of {path}"
+    # Each by the machine's figure for operations, not by its own: the two belong together.
+    return machine, geometric_mean(f.efficiency(machine) for f in fits), f"measured: {len(ours)} points of {path}"
 
 
 class Fit(NamedTuple):
     """What a measured step says of a machine."""
 
-    efficiency: float
-    """Time at the machine's ceilings, as a share of what computing took."""
+    seconds: float
+    limit: float
+    """Seconds at the machine's ceilings."""
+    starts: int
+    """Operations."""
     op_seconds: float
-    """What it took to start an operation."""
+    """What it took to start one."""
+    least: float
+    """Seconds that computing took at least."""
+
+    def efficiency(self, machine: Machine) -> float:
+        """Time at the machine's ceilings, as a share of what computing took."""
+        started = self.starts * machine.op_seconds if machine.is_cpu else 0.0
+        return self.limit / max(self.seconds - started, self.least)
 
 
 def fit(record: dict, machine: Machine) -> Fit:
     """Of a point of `fastmim bench step`.
 
     On a CPU it has the time of a second batch, too (`other_batch`, `other_ms`): what does not grow with the batch tells how
-    long it takes to start operations. Without it, or where noise hides it, that is what `machine` says.
+    long it takes to start operations. Without it, or where noise hides it (a figure below zero, or computing that is
+    faster than the ceilings), that is what `machine` says.
     """
     device = "cpu" if machine.is_cpu else "cuda"
     load = alone(config_of(record), record.get("micro_batches", 1), device)
     seconds, limit, starts = record["ms"] / 1e3, seconds_at_ceilings(load, machine), load.accumulate * load.ops
-    if "other_ms" in record:
-        load = alone(config_of(record | {"batch_size": record["other_batch"]}), record["other_micro_batches"], device)
-        other, other_limit, other_starts = (
-            record["other_ms"] / 1e3,
-            seconds_at_ceilings(load, machine),
-            load.accumulate * load.ops,
-        )
+    # Where starting operations is most of a step, one batch says little about the rest.
+    op_seconds, least = machine.op_seconds, seconds / 2
+    # Micro-batches of one size, more or fewer, take the same per operation: but for the optimizer, one equation twice.
+    if "other_ms" in record and record["other_batch"] != load.micro_batch * record["other_micro_batches"]:
+        second = alone(config_of(record | {"batch_size": record["other_batch"]}), record["other_micro_batches"], device)
+        other, other_limit = record["other_ms"] / 1e3, seconds_at_ceilings(second, machine)
+        other_starts = second.accumulate * second.ops
         # Two equations: seconds = limit / efficiency + starts x op_seconds, for either batch.
         determinant = limit * other_starts - other_limit * starts
         inverse = (seconds * other_starts - other * starts) / determinant
-        op_seconds = (limit * other - other_limit * seconds) / determinant
-        if inverse > 0 and op_seconds >= 0:
-            return Fit(1 / inverse, op_seconds)
-    started = starts * machine.op_seconds if machine.is_cpu else 0.0
-    # Where starting operations is most of a step, a point says little about the rest.
-    return Fit(limit / max(seconds - started, seconds / 2), machine.op_seconds)
+        found = (limit * other - other_limit * seconds) / determinant
+        if inverse >= 1 and found >= 0:
+            op_seconds, least = found, min(least, limit * inverse)
+    return Fit(seconds, limit, starts, op_seconds, least)
 
 
 def seconds_at_ceilings(load: Load, machine: Machine) -> float:
@@ -226,7 +299,7 @@ def alone(config: TrainConfig, micro_batches: int = 1, device: str = "cpu") -> L
         method = methods.build(config.method, model, config.options, 0)
     formula = getattr(methods.find(config.method), "flops", None)
     flops = training_flops(config.method, model, config.options, formula)
-    return load_of(method, flops.training, size, micro_batches, step)
+    return load_of(method, flops.training, size, micro_batches, step, low_precision=low)
 
 
 # ---- the command
@@ -244,7 +317,7 @@ def plan_command(argv: list[str]) -> None:
         epilog="All other flags are those of `fastmim train`: --method, --model, --batch-size, --accumulate, --zero ...; "
         "the preset is `paper` unless another is given.",
     )
-    parser.add_argument("--gpu", default="h200", help=f"{', '.join(MACHINES)} (default: h200)")
+    parser.add_argument("--gpu", help=f"{', '.join(MACHINES)} (default: the machine of --measured, else h200)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs of all nodes. (default: 1)")
     parser.add_argument("--per-node", type=int, default=8, metavar="N", help="GPUs of a node. (default: 8)")
     parser.add_argument("--network", type=float, default=400, metavar="GBIT",
@@ -253,7 +326,8 @@ def plan_command(argv: list[str]) -> None:
         "--images", type=int, default=IMAGENET, metavar="N", help="Of the data set. (default: ImageNet's)"
     )
     parser.add_argument("--scale", action="store_true", help="Print docs/scale.md and stop.")
-    parser.add_argument("--efficiency", type=float, metavar="SHARE", help="Of the roofline. (default: 1)")
+    parser.add_argument("--efficiency", type=float, metavar="SHARE",
+                        help=f"Of the roofline, up to {MOST_EFFICIENCY:g}. (default: 1)")  # fmt: skip
     parser.add_argument("--measured", type=Path, metavar="FILE",
                         help="Take the efficiency, and on a CPU the ceilings, from results of `fastmim bench step`.")  # fmt: skip
     own, rest = parser.parse_known_args(argv)
@@ -262,19 +336,28 @@ def plan_command(argv: list[str]) -> None:
 
         print(document(), end="")
         return
-    if own.gpu not in MACHINES:
+    for name, least in (("gpus", 1), ("per_node", 1), ("images", 1)):
+        check_range(f"plan --{name.replace('_', '-')}", getattr(own, name), least)
+    check_range("plan --network", own.network, 0, low_included=False)
+    if own.efficiency is not None:
+        check_range("plan --efficiency", own.efficiency, 0, MOST_EFFICIENCY, low_included=False)
+    if own.gpu is not None and own.gpu not in MACHINES:
         raise ConfigError(
             f"--gpu: expected one of {', '.join(MACHINES)}, got {own.gpu}{nearest(own.gpu, list(MACHINES))}"
         )
     if not any(token.startswith(("--preset", "--data", "--config")) for token in rest):
         rest = ["--preset", "paper", *rest]
     config = parse_train(rest)
-    machine, share, why = MACHINES[own.gpu], 1.0, "an upper bound: nothing was measured (--measured FILE)"
+    machine, share, why = MACHINES[own.gpu or "h200"], 1.0, "an upper bound: nothing was measured (--measured FILE)"
     if own.measured is not None:
         found, share, why = measured(own.measured, config.method, "fp32" if config.precision == "fp32" else "bf16")
-        machine = found if "--gpu" not in " ".join(argv) else machine
+        machine = found if own.gpu is None else machine
     if own.efficiency is not None:
         share, why = own.efficiency, "given"
+    if own.gpus > 1 and not machine.link:
+        raise ConfigError(
+            f"plan --gpus: expected 1, as the links of {machine.name} are not known, got {own.gpus}; give --gpu"
+        )
     cluster = Cluster(machine, own.gpus, own.per_node, own.network * 1e9 / 8)
     plan = make_plan(config, cluster, share, why)
     print("\n".join(report(plan, own.images)))
@@ -285,41 +368,68 @@ def report(plan: Plan, images: int) -> list[str]:
     c, load, cluster = plan.config, plan.load, plan.cluster
     machine, limit = cluster.machine, cluster.machine.memory * USABLE
     size = "x".join(str(s) for s in c.model_spec().image_size)
+    kept = (load.saved - load.recomputed) / max(1, load.micro_batch)
     lines = [
         f"run          {c.method}, preset {c.preset}, {c.model}/{c.patch_size} at {size}, "
         f"{'fp32' if c.precision == 'fp32' else 'bf16'}, on {cluster.gpus} x {machine.name}",
         f"parameters   {load.trained / 1e6:.1f} M to train, {load.frozen / 1e6:.1f} M that follow",
         f"cost         {plan.flops / 1e9:.4g} GFLOP per image as published, forward and backward",
         f"batch        {c.batch_size} = {cluster.gpus} GPUs x {c.accumulate} micro-batches x {load.micro_batch} images; "
-        f"{load.saved / max(1, load.micro_batch) / 2**20:.1f} MiB saved per image",
+        f"{kept / 2**20:.1f} MiB saved per image",
         "",
-        f"{'GiB of one GPU':14}" + "".join(f"{'checkpointing ' + p:>24}" for p in POLICIES),
+        f"{'GiB of one GPU':18}" + "".join(f"{'checkpointing ' + p:>24}" for p in POLICIES),
     ]
-    for stage in plan.times:
+    for stage in plan.stages:
         cells = [plan.memory[stage, policy] for policy in POLICIES]
-        lines.append(f"  {stage:12}" + "".join(
+        lines.append(f"  {stage:16}" + "".join(
             f"{f'{m.total / GIB:.1f} = {m.state / GIB:.1f} + {m.step / GIB:.1f}':>19}{' fits' if m.total < limit else '  -  '}"
             for m in cells
         ))  # fmt: skip
     lines += ["  state + one micro-batch, and 1 GiB for CUDA", ""]
-    lines.append(f"{'one step':14}{'sent per GPU':>14}{'step':>10}{'exposed':>10}{'images/s':>11}{'MFU':>7}")
-    for stage, time in plan.times.items():
-        sent = sum(traffic(stage, load, cluster.gpus).values()) if cluster.gpus > 1 else 0.0
-        speed = plan.images_per_s(stage)
-        mfu = speed * plan.flops / (cluster.gpus * machine.flops)
-        lines.append(
-            f"  {stage:12}{f'{sent / 1e9:.2f} GB':>14}{f'{1e3 * time.total:.0f} ms':>10}{f'{1e3 * time.exposed:.0f} ms':>10}"
-            f"{speed:>11.0f}{f'{100 * mfu:.0f} %':>7}"
-        )
-    lines += [f"  efficiency {plan.efficiency:.2f} of the roofline: {plan.why_efficiency}", ""]
+    lines += [*speeds(plan), ""]
     steps = c.total_steps(max(1, images // c.batch_size))
-    hours = steps * plan.times[plan.stage].total / 3600
+
+    def hours(stage: str, policy: Policy) -> str:
+        return f"{steps * plan.times[stage, policy].total / 3600:.1f} h"
+
     lines += [
         f"engine       {plan.stage}: {plan.why_stage}",
-        f"time         {hours:.1f} h for {steps} steps: {c.epochs or steps * c.batch_size / images:g} epochs of {images} images",
+        f"time         {hours(plan.stage, c.checkpointing)} for {steps} steps: "
+        f"{c.epochs or steps * c.batch_size / images:g} epochs of {images} images",
     ]
     fits = [key for key, memory in plan.memory.items() if memory.total < limit]
-    if (plan.stage, "none") not in fits:
-        advice = f"{fits[0][0]}, checkpointing {fits[0][1]}" if fits else "more GPUs or a larger --accumulate"
-        lines.append(f"warning      {plan.stage} without checkpointing does not fit; what does: {advice}")
+    if (plan.stage, c.checkpointing) not in fits:
+        advice = "more GPUs or a larger --accumulate"
+        if fits:
+            stage, policy = min(fits, key=lambda key: key[0] != plan.stage)
+            step = 1e3 * plan.times[stage, policy].total
+            advice = f"{stage}, checkpointing {policy} ({step:.0f} ms a step, {hours(stage, policy)})"
+        lines.append(f"warning      {plan.stage}, checkpointing {c.checkpointing} does not fit; what does: {advice}")
     return lines
+
+
+def speeds(plan: Plan) -> list[str]:
+    """The table of times, and what its shares are of."""
+    c, load, cluster = plan.config, plan.load, plan.cluster
+    peak = cluster.machine.peak(low_precision=load.low_precision)
+    sheet, products = sheet_peak(cluster.machine.name, low_precision=load.low_precision), MATMUL_SHARE * peak
+    lines = [
+        f"{'one step':18}{'sent per GPU':>14}{'step':>10}{'exposed':>10}{'images/s':>11}{'of sheet':>10}{'of products':>13}"
+    ]
+    for stage in plan.stages:
+        time, speed = plan.time(stage), plan.images_per_s(stage)
+        sent = sum(traffic(stage, load, cluster.gpus).values()) if cluster.gpus > 1 else 0.0
+        done = speed * plan.flops / cluster.gpus
+        lines.append(
+            f"  {stage:16}{f'{sent / 1e9:.2f} GB':>14}{f'{1e3 * time.total:.0f} ms':>10}{f'{1e3 * time.exposed:.0f} ms':>10}"
+            f"{speed:>11.0f}{f'{100 * done / sheet:.0f} %' if sheet else '-':>10}{f'{100 * done / products:.0f} %':>13}"
+        )
+    is_assumed = cluster.machine in MACHINES.values()
+    ceiling = f"{100 * MATMUL_SHARE:.0f} % of that, assumed" if is_assumed else "measured"
+    of_sheet = f"the data sheet's {sheet / 1e12:.4g} TFLOP/s" if sheet else "a data sheet that is not known"
+    return [
+        *lines,
+        f"  with checkpointing {c.checkpointing}; MFU as a share of {of_sheet}, and of large products: "
+        f"{products / 1e12:.4g} TFLOP/s, {ceiling}",
+        f"  efficiency {plan.efficiency:.2f} of the roofline: {plan.why_efficiency}",
+    ]

@@ -2,7 +2,8 @@
 
     step = (micro-batches x compute + optimizer) / efficiency + communication that nothing hides, or the host's time if
            that is more; on a CPU, their sum
-    compute = FLOPs / (0.80 x peak) + 5 x saved bytes / (0.90 x bandwidth)
+    compute = FLOPs / (0.80 x peak) + 5 x saved bytes / (0.90 x bandwidth), and a third of that again for what
+              --checkpointing computes twice
 
 Efficiency is 1 where products and memory run one after the other, each at its ceiling; `fastmim plan --measured` takes
 it from measured steps.
@@ -15,26 +16,31 @@ from fastmim.engine.base import state_bytes as engine_bytes
 from fastmim.flops import peak_flops
 
 # Measured on one H200: products of 8192^3 in bf16 at 769 to 798 of 989 TFLOP/s, copies at 4.3 of 4.8 TB/s. Taken for
-# the other GPUs, too.
+# the other GPUs and for fp32, too.
 MATMUL_SHARE, COPY_SHARE = 0.80, 0.90
 # Bytes moved per byte that the forward pass saves. Counted per token and block of width d, all fused: 164 d moved of
 # which 32 d stay until the backward pass (reads of inputs, gradients in and out, recomputed epilogues).
 TRAFFIC = 5.0
+# The forward pass's share of that and of the products: what --checkpointing computes again costs as much once more.
+FORWARD_SHARE = 1 / 3
 # AdamW with fp32 weights: reads weight, gradient and two moments, writes three; the average of a target: two reads and a
 # write.
 OPTIMIZER_BYTES, AVERAGE_BYTES = 28, 12
 # NCCL's bus bandwidth as a share of the links' (own assumption), and what one collective takes at least, per doubling of
 # the number of processes (own assumption: 21 us over 8 GPUs).
 NETWORK_SHARE, COLLECTIVE_SECONDS = 0.8, 7e-6
-# What DeepSpeed's hooks cost the host per parameter tensor and micro-batch. Measured with DeepSpeed 0.19.8 on a CPU (one
-# process, 205 tiny tensors, so that nothing else takes time): 12.7, 14 and 50 ms per step over plain torch.
-HOST_SECONDS = {"ddp": 0.0, "zero 1": 62e-6, "zero 2": 68e-6, "zero 3": 244e-6}
+# Between a GPU and its host, each way (PCIe 5.0 x16 has 64 GB/s, 4.0 half of that), and a GPU's share of the host's memory:
+# own assumptions.
+HOST_LINK, HOST_BANDWIDTH = 25e9, 50e9
+# What DeepSpeed's hooks cost the host per parameter tensor and micro-batch, by stage. Measured with DeepSpeed 0.19.8 on a
+# CPU (one process, 205 tiny tensors, so that nothing else takes time): 12.7, 14 and 50 ms per step over plain torch.
+HOST_SECONDS = (0.0, 62e-6, 68e-6, 244e-6)
 # What it takes a host to start an operation. On a CPU nothing else happens meanwhile: 8 us in fp32 and up to 16 under
 # autocast, from steps of CAE at 48 pixels (one thread at 2.6 GHz, 2,500 operations); the lower is taken where it was not
 # measured. Where a GPU computes, the host runs ahead.
 OP_SECONDS = 8e-6
 # The backward pass's share of a step's compute: two of three products.
-BACKWARD_SHARE = 2 / 3
+BACKWARD_SHARE = 1 - FORWARD_SHARE
 FP32 = 4
 # torch's DistributedDataParallel (bucket_cap_mb) and DeepSpeed (zero_optimization.reduce_bucket_size, in
 # elements; of a smaller model the engine makes it the whole gradient).
@@ -44,12 +50,25 @@ LIVE_PARAMETERS = 1_000_000_000
 STAGES = ("ddp", "zero 1", "zero 2", "zero 3")
 
 
+def parts(stage: str) -> tuple[int, str]:
+    """ZeRO's stage and what is on the host.
+
+    Args:
+        stage: one of `STAGES`, "single", or a stage of ZeRO and its offload: "zero 2 optimizer", "zero 3 all".
+    """
+    _, _, rest = stage.partition(" ")
+    level, _, offload = rest.partition(" ")
+    return int(level or 0), offload or "none"
+
+
 class Machine(NamedTuple):
     """A GPU and its links. Source: NVIDIA's data sheets."""
 
     name: str
     flops: float
     """Dense bf16 products with fp32 accumulation, FLOP/s, as the data sheet has it."""
+    fp32_flops: float
+    """Products of fp32 numbers: those of the CUDA cores, as the trainer does not switch TF32 on."""
     memory: float
     """Bytes."""
     bandwidth: float
@@ -60,19 +79,34 @@ class Machine(NamedTuple):
     op_seconds: float = OP_SECONDS
     """What its host needs to start an operation."""
 
+    def peak(self, *, low_precision: bool) -> float:
+        return self.flops if low_precision else self.fp32_flops
 
-def _gpu(name: str, memory_gb: float, bandwidth_tb: float, link_gb: float) -> Machine:
-    return Machine(name, peak_flops(name), memory_gb * 1e9, bandwidth_tb * 1e12, link_gb * 1e9)
+
+def _gpu(name: str, fp32_tflops: float, memory_gb: float, bandwidth_tb: float, link_gb: float) -> Machine:
+    return Machine(
+        name, peak_flops(name), fp32_tflops * 1e12, memory_gb * 1e9, bandwidth_tb * 1e12, link_gb * 1e9
+    )  # fmt: skip
 
 
+# fp32: the lines "FP32" (not "TF32 Tensor Core") of NVIDIA's data sheets: HGX B200, H200 SXM, H100 SXM, A100, L40S;
+# for the RTX 4090 the Ada architecture's white paper.
 MACHINES = {
-    "b200": _gpu("B200", 180, 8.0, 900),
-    "h200": _gpu("H200", 141, 4.8, 450),
-    "h100": _gpu("H100", 80, 3.35, 450),
-    "a100": _gpu("A100", 80, 2.04, 300),
-    "l40s": _gpu("L40S", 48, 0.864, 32),
-    "rtx4090": _gpu("RTX 4090", 24, 1.008, 32),
+    "b200": _gpu("B200", 75, 180, 8.0, 900),
+    "h200": _gpu("H200", 67, 141, 4.8, 450),
+    "h100": _gpu("H100", 67, 80, 3.35, 450),
+    "a100": _gpu("A100", 19.5, 80, 2.04, 300),
+    "l40s": _gpu("L40S", 91.6, 48, 0.864, 32),
+    "rtx4090": _gpu("RTX 4090", 82.6, 24, 1.008, 32),
 }
+
+
+def sheet_peak(name: str, *, low_precision: bool) -> float | None:
+    """FLOP/s of the data sheet of a device, by the name that torch gives it; None if unknown."""
+    bf16 = peak_flops(name)
+    # An H200 NVL is no H200: its bf16 peak tells.
+    known = (m.fp32_flops for m in MACHINES.values() if m.name in name and m.flops == bf16)
+    return bf16 if low_precision else next(known, None)
 
 
 class Cluster(NamedTuple):
@@ -100,15 +134,18 @@ class Load(NamedTuple):
     micro_batch: int
     accumulate: int
     flops: float
-    """Per image, forward and backward."""
+    """Per image, forward and backward, and what is computed again."""
     saved: float
-    """Bytes saved for the backward pass by a micro-batch."""
+    """Bytes saved for the backward pass by a micro-batch, if nothing is computed again."""
     ops: int = 0
     """Operations of a micro-batch."""
     tensors: int = 0
     """Parameter tensors."""
     gathers: int = 0
     """Modules whose parameters ZeRO-3 gathers, each by itself."""
+    low_precision: bool = True
+    recomputed: float = 0.0
+    """Bytes of `saved` that are not kept but computed again."""
 
 
 # ---- communication
@@ -123,25 +160,36 @@ def traffic(stage: str, load: Load, gpus: int) -> dict[str, float]:
     forward and for the backward pass, frozen ones for the forward, gradients scattered, all for each micro-batch.
     """
     part = (gpus - 1) / gpus * FP32
-    psi, k = part * load.trained, load.accumulate
-    if stage == "ddp":
+    psi, k, (level, _) = part * load.trained, load.accumulate, parts(stage)
+    if level == 0:
         return {"gradients": 2 * psi}
-    if stage == "zero 1":
+    if level == 1:
         return {"gradients": 2 * psi, "parameters": psi}
-    if stage == "zero 2":
+    if level == 2:
         return {"gradients": 2 * psi * k, "parameters": psi}
     return {"gradients": psi * k, "parameters": (2 * psi + part * load.frozen) * k}
 
 
 def collectives(stage: str, load: Load) -> int:
     """Collectives of a step."""
-    gradients = FP32 * load.trained
-    if stage == "ddp":
-        return math.ceil(gradients / DDP_BUCKET)
+    level, _ = parts(stage)
+    if level == 0:
+        return math.ceil(FP32 * load.trained / DDP_BUCKET)
     buckets = math.ceil(load.trained / ZERO_BUCKET)
-    if stage == "zero 3":
+    if level == 3:
         return load.accumulate * (2 * load.gathers + buckets)
-    return buckets * (load.accumulate if stage == "zero 2" else 1) + 1
+    return buckets * (load.accumulate if level == 2 else 1) + 1
+
+
+def host_bytes(stage: str, load: Load, gpus: int) -> float:
+    """Bytes between a GPU and its host in a step: gradients of each micro-batch there and new weights back, or, where the
+    parameters are there, too, these for the forward and for the backward pass of each, frozen ones for the forward.
+    """
+    _, offload = parts(stage)
+    part, k = FP32 / gpus, load.accumulate
+    if offload == "none":
+        return 0.0
+    return part * load.trained * (k + 1) if offload == "optimizer" else part * (3 * load.trained + load.frozen) * k
 
 
 # ---- time
@@ -149,8 +197,9 @@ def collectives(stage: str, load: Load) -> int:
 
 def compute_seconds(load: Load, machine: Machine) -> float:
     """Of one micro-batch, forward and backward, at the machine's ceilings; without what it takes to start operations."""
-    products = load.micro_batch * load.flops / (MATMUL_SHARE * machine.flops)
-    return products + TRAFFIC * load.saved / (COPY_SHARE * machine.bandwidth)
+    products = load.micro_batch * load.flops / (MATMUL_SHARE * machine.peak(low_precision=load.low_precision))
+    moved = TRAFFIC * (load.saved + FORWARD_SHARE * load.recomputed)
+    return products + moved / (COPY_SHARE * machine.bandwidth)
 
 
 def optimizer_seconds(load: Load, machine: Machine, share: float = 1.0) -> float:
@@ -184,23 +233,25 @@ class StepTime(NamedTuple):
 
 def step_time(stage: str, load: Load, cluster: Cluster, efficiency: float = 1.0) -> StepTime:
     """Time of one step. ddp hides its communication behind the last micro-batch's backward pass, ZeRO-3 behind all
-    compute; stages 1 and 2 hide none (DeepSpeed's `overlap_comm` is off there by default).
+    compute; stages 1 and 2 hide none (DeepSpeed's `overlap_comm` is off there by default), nor does what goes to a host.
     """
-    one = compute_seconds(load, cluster.machine) / efficiency
+    level, offload = parts(stage)
+    machine, gpus = cluster.machine, cluster.gpus
+    one = compute_seconds(load, machine) / efficiency
     compute = one * load.accumulate
-    sharded = stage != "ddp"
-    optimizer = optimizer_seconds(load, cluster.machine, 1 / cluster.gpus if sharded else 1.0) / efficiency
-    host = start_seconds(load, cluster.machine)
-    if cluster.gpus == 1:
-        return StepTime(compute, optimizer, 0.0, 0.0, host, cluster.machine.is_cpu)
-    sent = sum(traffic(stage, load, cluster.gpus).values())
-    latency = collectives(stage, load) * COLLECTIVE_SECONDS * math.log2(cluster.gpus)
-    communication = sent / cluster.bus() + latency
-    hidden = {"ddp": BACKWARD_SHARE * one, "zero 3": compute}.get(stage, 0.0)
-    host += HOST_SECONDS[stage] * load.tensors * load.accumulate
-    return StepTime(
-        compute, optimizer, communication, max(0.0, communication - hidden), host, cluster.machine.is_cpu
-    )  # fmt: skip
+    optimizer = optimizer_seconds(load, machine, 1 / gpus if level else 1.0) / efficiency
+    if offload != "none":
+        averages = optimizer_seconds(load, machine, 0.0) / efficiency
+        optimizer = averages + OPTIMIZER_BYTES * load.trained / gpus / HOST_BANDWIDTH
+    communication = 0.0
+    if gpus > 1:
+        sent = sum(traffic(stage, load, gpus).values())
+        communication = sent / cluster.bus() + collectives(stage, load) * COLLECTIVE_SECONDS * math.log2(gpus)
+    hidden = {0: BACKWARD_SHARE * one, 3: compute}.get(level, 0.0)
+    to_host = host_bytes(stage, load, gpus) / HOST_LINK
+    exposed = max(0.0, communication - hidden) + to_host
+    host = start_seconds(load, machine) + HOST_SECONDS[level] * load.tensors * load.accumulate
+    return StepTime(compute, optimizer, communication + to_host, exposed, host, machine.is_cpu)
 
 
 # ---- memory
@@ -210,17 +261,21 @@ def state_bytes(stage: str, load: Load, gpus: int) -> float:
     """Weights, AdamW's moments, targets, gradients where they have a place of their own, and DeepSpeed's buffers.
 
     Args:
-        stage: one of `STAGES`, or "single": there gradients come and go with the activations.
+        stage: see `parts`; "single": there gradients come and go with the activations, unless they wait for those of the
+            next micro-batch.
     """
-    level = int(stage[-1]) if stage in STAGES[1:] else 0
-    state = engine_bytes("zero" if level else stage, level, "none", gpus, load.trained, load.frozen)
+    level, offload = parts(stage)
+    state = engine_bytes("zero" if level else stage, level, offload, gpus, load.trained, load.frozen)
     if stage == "single":
-        return state - FP32 * load.trained
+        return state - FP32 * load.trained * gradient_share(stage, load.accumulate)
+    if level == 0:
+        # DDP accumulates outside of its buckets: only a backward pass that averages moves gradients there (torch 2.13).
+        return state + (FP32 * load.trained if load.accumulate > 1 else 0)
     if level == 3:
         state += FP32 * min(load.trained + load.frozen, LIVE_PARAMETERS)
-    return state + (FP32 * min(load.trained, ZERO_BUCKET) if level else 0)
+    return state + FP32 * min(load.trained, ZERO_BUCKET)
 
 
-def gradient_share(stage: str) -> float:
-    """Share of gradients that accumulate beside the activations; the rest is in `state_bytes`."""
-    return 1.0 if stage == "single" else 0.0
+def gradient_share(stage: str, accumulate: int) -> float:
+    """Share of gradients that come up beside the activations; the rest is in `state_bytes`."""
+    return 1.0 if stage == "single" and accumulate == 1 else 0.0

@@ -34,7 +34,7 @@ from every GPU (ZeRO, arXiv 1910.02054, section 7).
 
 | stage | sent per GPU and step, times 4 P (n - 1) / n | hidden behind | state per GPU, in bytes per parameter |
 |---|---|---|---|
-| ddp | 2: gradients scattered and gathered | the backward pass, 2/3 of computing | 16 |
+| ddp | 2: gradients scattered and gathered | the backward pass, 2/3 of computing | 16, and 4 where k > 1 |
 | zero 1 | 3: the same, and the parameters gathered | nothing (DeepSpeed's `overlap_comm` is off) | 8 + 12 / n |
 | zero 2 | 2 k + 1: the same for every micro-batch | nothing | 4 + 16 / n |
 | zero 3 | 3 k: parameters gathered twice, gradients scattered | all computing | 16 / n, and 4 while gathered (at most 10^9 parameters) |
