@@ -6,7 +6,6 @@ long the device waited for data. Without --data it draws pictures of the size of
 as it is over; a run that the file has is not made again.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -21,6 +20,9 @@ from photos import drawn
 from points import Points
 from report import write_report
 from run_report import e2e_pairs
+
+from fastmim.bench import Parser, at_least, exit_code, results_file
+from fastmim.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 # The smallest that is a run: what `pytest bench` takes, and the default.
@@ -53,7 +55,8 @@ def run(data: Path, name: str, flags: list[str], steps: int, points: Points) -> 
         name: of the data, in the file.
     """
     for source, more in zip(SOURCES, (["--data", str(data)], ["--loader", "synthetic"])):
-        if points.has(key, (name, tuple(flags), steps, source)):
+        about = {"data": name, "flags": flags, "steps": steps, "source": source}
+        if points.has(key, key(machine() | about)):
             print(f"  {source}: in the file already")
             continue
         with tempfile.TemporaryDirectory() as folder:
@@ -61,14 +64,16 @@ def run(data: Path, name: str, flags: list[str], steps: int, points: Points) -> 
             preset = [] if "--preset" in flags else ["--preset", "paper"]
             records = train([*preset, *flags, *more], steps, Path(folder) / "run")
         points.add([{
-            "suite": "e2e", "data": name, "flags": flags, "steps": steps, "source": source, "n": len(records),
+            "suite": "e2e", **about, "n": len(records),
             "images_per_s": statistics.median(r["images_per_s"] for r in records),
             "data_wait": statistics.mean(r["data_wait"] for r in records), **machine(),
         }])  # fmt: skip
 
 
 def key(record: dict) -> tuple:
-    return record.get("data"), tuple(record.get("flags", ())), record.get("steps"), record.get("source")
+    return tuple(record.get("flags", ())), *(
+        record.get(k) for k in ("data", "steps", "source", "device", "threads", "torch")
+    )
 
 
 def show(records: list[dict]) -> None:
@@ -87,13 +92,17 @@ def bench_e2e(results, tmp_path):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="fastmim bench e2e", description="Whole runs on real and on synthetic images.",
-                                     epilog="Other flags are those of `fastmim train`.")  # fmt: skip
+    parser = Parser(prog="fastmim bench e2e", description="Whole runs on real and on synthetic images.",
+                    epilog="Other flags are those of `fastmim train`.")  # fmt: skip
     parser.add_argument("--data", type=Path, help="folder of images; without it, pictures are drawn")
-    parser.add_argument("--drawn", type=int, default=400, metavar="N", help="pictures to draw (default 400)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the lines go; runs in it are not made again")
-    parser.add_argument("--steps", type=int, default=300, help="of each run (default 300)")
+    parser.add_argument("--drawn", type=at_least(1), default=400, metavar="N", help="pictures to draw (default 400)")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="where the lines go; runs in it are not made again"
+    )
+    parser.add_argument("--steps", type=at_least(3), default=300, help="of each run (default 300)")
     args, flags = parser.parse_known_args()
+    if args.data is not None and not args.data.exists():
+        raise ConfigError(f"--data: expected a folder of images, found none at {args.data}")
     points = Points(args.json)
     with tempfile.TemporaryDirectory() as folder:
         data, name = args.data, str(args.data)
@@ -106,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

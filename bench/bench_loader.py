@@ -10,7 +10,6 @@ holds medians, a ratio is the median of the rounds' ratios. CPU time per image i
 is what a trainer would get here and now.
 """
 
-import argparse
 import importlib.metadata
 import json
 import os
@@ -40,6 +39,9 @@ from machine import commit
 from other_loaders import BATCH, SCALE, SIZE
 from photos import drawn, repeated
 from points import Points
+
+from fastmim.bench import Parser, at_least, exit_code, results_file
+from fastmim.config import ConfigError
 
 CROP = CropSpec((SIZE, SIZE), scale=SCALE)
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,18 +228,24 @@ def bench_loader(tmp_path, results, capsys, told):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="fastmim bench loader", description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the lines go; what is in it is not run again")
+    parser = Parser(prog="fastmim bench loader", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="where the lines go; what is in it is not run again"
+    )
     parser.add_argument("--photos", type=Path, help="folder of real photographs to compare on, too")
     parser.add_argument("--only-photos", action="store_true")
     parser.add_argument(
         "--train", action="store_true", help="train on the photographs, too, and tell the share of waiting"
     )
     parser.add_argument("--only", default="", help="regular expression: contenders to measure beside the first")
-    parser.add_argument("--images", type=int, default=768, help="images per measurement")
-    parser.add_argument("--drawn", type=int, default=400, metavar="N", help="pictures to draw")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=at_least(1), default=768, help="images per measurement")
+    parser.add_argument("--drawn", type=at_least(1), default=400, metavar="N", help="pictures to draw")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     arguments = parser.parse_args()
+    if arguments.photos is not None and not arguments.photos.is_dir():
+        raise ConfigError(f"--photos: expected a folder of photographs, found none at {arguments.photos}")
+    if arguments.photos is None and (arguments.train or arguments.only_photos):
+        raise ConfigError("--train, --only-photos: expected --photos with a folder of photographs")
     points = Points(arguments.json)
     with tempfile.TemporaryDirectory() as temporary:
         folders = {}
@@ -256,4 +264,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code(main))

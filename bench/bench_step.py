@@ -8,18 +8,19 @@ Ways to take the same step, on the same weights, images and masks, in turns, so 
     fp8        graph with --fp8 wide; fp8-blocks: and with --compile blocks
     plain      the same on plain torch ops: FASTMIM_KERNELS=reference, AdamW tensor by tensor
     official   MAE and CMAE as their official codes compute them (official.py); official-fp32: without autocast
-    stock      official with torch.compile, torch's fused attention and fused AdamW: the best that needs no kernels
+    inductor   official with torch.compile and fused AdamW, attention as it is written
+    stock      the same with torch's fused attention: the best of a GPU that needs no kernels; slower than inductor on CPUs
     timm       official with timm's blocks, which have fused attention, and fused AdamW
     hf         transformers' ViTMAE with fused attention and fused AdamW
     lightly    lightly's MAE modules, the same
 
 The last three where they are installed; what is missing is said, in the file, too. On a CPU each way has a process of its
-own (turns.py). The losses of several steps must agree before anything is timed. A line of JSON per way and case, added as soon as it is measured: a file that has a case already
-is left as it is there, so that a broken run goes on where it stopped. Times on a CPU are process CPU time per thread. First
+own (turns.py). The losses of several steps must agree before anything is timed. A line of JSON per way and case, added as soon as it is measured: a case that the
+file has of this device, torch and number of threads is left as it is there, so that a broken run goes on where it stopped. Times on a CPU are process CPU time per thread. First
 and last come the machine's ceilings, a matrix product and a copy.
 """
 
-import argparse
+import os
 import statistics
 import sys
 import time
@@ -38,6 +39,7 @@ from providers import (
     Fp8,
     Fp8Compiled,
     Graph,
+    Inductor,
     OfficialFp32,
     OfficialStyle,
     Ours,
@@ -45,15 +47,17 @@ from providers import (
     Stock,
     compile_mode,
 )
+from step_report import MACHINE
 from turns import ABSENT, Apart, Facts, Here
 
-from fastmim.bench import config_of
+from fastmim.bench import Parser, at_least, config_of, exit_code, results_file
+from fastmim.config import ConfigError
 from fastmim.device import default_precision
 from fastmim.flops import mfu, peak_flops, training_flops
 from fastmim.methods import base as methods
 
 MAKE: dict[str, type[Ours]] = {
-    "ours": Ours, "graph": Graph, "blocks": Compiled, "fp8": Fp8, "fp8-blocks": Fp8Compiled, "plain": Plain, "official": OfficialStyle, "official-fp32": OfficialFp32, "stock": Stock,
+    "ours": Ours, "graph": Graph, "blocks": Compiled, "fp8": Fp8, "fp8-blocks": Fp8Compiled, "plain": Plain, "official": OfficialStyle, "official-fp32": OfficialFp32, "inductor": Inductor, "stock": Stock,
     "timm": peers.Timm, "hf": peers.HuggingFace, "lightly": peers.Lightly,
 }  # fmt: skip
 WAYS = tuple(MAKE)
@@ -62,6 +66,9 @@ OTHER, WRONG, BROKEN = "ours, another batch", "its losses differ from ours", "it
 # Relative to ours, over the steps before timing.
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
 KEY = ("method", "model", "image_size", "patch_size", "batch_size", "precision")
+LEAST_ROUNDS = 3
+# What of the environment changes a measurement.
+VARIABLES = ("OMP_NUM_THREADS", "FASTMIM_KERNELS", "FASTMIM_BENCH_COMPILE")
 
 
 def why_not(way: str, method: str) -> str:
@@ -71,7 +78,9 @@ def why_not(way: str, method: str) -> str:
         return f"{way} has {' and '.join(kind.takes)} alone"
     if issubclass(kind, Graph) and not IS_GPU:
         return "CPUs have no CUDA graphs"
-    if way in ("stock", "blocks", "fp8-blocks") and compile_mode() == "0":
+    if kind is Inductor and IS_GPU:
+        return "stock has the attention that is the faster one on GPUs"
+    if way in ("inductor", "stock", "blocks", "fp8-blocks") and compile_mode() == "0":
         return "FASTMIM_BENCH_COMPILE=0"
     return peers.missing(kind.needs) if kind.needs else ""
 
@@ -92,7 +101,7 @@ def measure(
 
     Args:
         case: see `make_case`.
-        rounds, seconds: of timing, whichever ends first; at least 3 rounds.
+        rounds, seconds: of timing, whichever ends first; at least LEAST_ROUNDS rounds.
         checked: steps whose losses are compared first.
         ceiling: of the machine, see `machine.ceilings`.
         place: where ways run, see turns.py.
@@ -129,7 +138,7 @@ def measure(
             start(OTHER, Ours, case | {"batch_size": other_batch(found["ours"].facts)}, 2)
         times: dict[str, list[float]] = {way: [] for way in found}
         began = time.perf_counter()
-        for _ in range(rounds):
+        for _ in range(max(rounds, LEAST_ROUNDS)):
             for way, each in list(found.items()):
                 try:
                     times[way].append(each.turn())
@@ -138,7 +147,7 @@ def measure(
                         raise
                     absent.append(_failed(case, way, e))
                     del found[way], times[way]
-            if time.perf_counter() - began > seconds and len(times["ours"]) >= 3:
+            if time.perf_counter() - began > seconds and len(times["ours"]) >= LEAST_ROUNDS:
                 break
         other = found.pop(OTHER, None)
         records = [_record(case, way, each, times[way], errors[way], ceiling) for way, each in found.items()]
@@ -173,6 +182,7 @@ def _record(case: dict, way: str, each: Here | Apart, times: list[float], error:
         "suite": "step", **case, "provider": way, "backend": ours_on(), "n": len(ms), "rounds_ms": rounds, "ms": middle, "ms_20": ms[len(ms) // 5],
         "ms_80": ms[-1 - len(ms) // 5], "images_per_s": speed, "mfu_measured": mfu(speed, flops, product),
         "mfu_datasheet": mfu(speed, flops, peak), "first_step_s": each.facts.first_step_s, "loss_error": error,
+        "checked": len(each.facts.losses),
         **each.counted(), **({"peak_mib": each.facts.peak_mib} if IS_GPU else {}), "processes": processes(each), **machine(),
     }  # fmt: skip
 
@@ -207,13 +217,14 @@ def run(
     seconds: float,
     place: type[Here] | type[Apart] = PLACE,
 ) -> list[dict]:
-    """Measures what the file lacks; returns all records of it. See `measure`."""
-    points = Points(path)
+    """Measures what the file lacks of this machine; returns all records of it. See `measure`."""
+    points, here = Points(path), machine()
+    command = command_of(cases, ways, rounds, checked, seconds, place)
     wanted = {describe(case): [w for w in ways if not why_not(w, case["method"])] for case in cases}
     todo = [
         case
         for case in cases
-        if not all(points.has(_key, _key(case | {"provider": w})) for w in wanted[describe(case)])
+        if not all(points.has(_key, _key(here | case | {"provider": w})) for w in wanted[describe(case)])
     ]
     for case in cases:
         if case not in todo:
@@ -228,6 +239,7 @@ def run(
                 new = measure(case, wanted[describe(case)], rounds, checked, seconds, ceiling, place)
             except torch.OutOfMemoryError as e:
                 new = [_missing(case, way, str(e).splitlines()[0], is_final=True) for way in wanted[describe(case)]]
+            new = [record | {"command": command} for record in new]
             points.add([*new, *(_missing(case, way, why) for way, why in absent.items() if why)])
             show(case, new, absent)
     return points.records
@@ -235,7 +247,37 @@ def run(
 
 def _key(record: dict) -> tuple | None:
     is_known = record.get("suite", "step") == "step" or record.get("is_final")
-    return (*(record.get(k) for k in KEY), record.get("provider")) if is_known else None
+    return tuple(record.get(k) for k in (*KEY, *MACHINE, "provider")) if is_known else None
+
+
+def command_of(
+    cases: list[dict], ways: list[str], rounds: int, checked: int, seconds: float, place: type[Here] | type[Apart]
+) -> str:
+    """What makes the same records of the same cases on another machine."""
+    flags = {name: dict.fromkeys(case[key] for case in cases) for name, key in (
+        ("methods", "method"), ("models", "model"), ("batch-sizes", "batch_size"), ("precisions", "precision"),
+        ("image-size", "image_size"), ("patch-size", "patch_size"))}  # fmt: skip
+    flags |= {"providers": ways, "rounds": [rounds], "checked": [checked], "seconds": [f"{seconds:g}"]}
+    words = [f"--{name} {' '.join(map(str, values))}" for name, values in flags.items()]
+    environment = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    return " ".join([*environment, "fastmim bench step", *words, *["--one-process"] * (place is Here and not IS_GPU)])
+
+
+def check(case: dict) -> None:
+    """Raises:
+    ConfigError: no step can be taken with these sizes.
+    """
+    if case["image_size"] % case["patch_size"]:
+        raise ConfigError(
+            "--image-size: expected a multiple of --patch-size {patch_size}, got {image_size}".format(**case)
+        )
+    config = config_of(case)
+    with torch.device("meta"):
+        multiple = methods.build(case["method"], config.model_spec(), config.options, 0).batch_multiple
+    if case["batch_size"] % multiple:
+        raise ConfigError(
+            f"--batch-sizes: expected multiples of {multiple} for {case['method']}, got {case['batch_size']}"
+        )
 
 
 def show(case: dict, new: list[dict], absent: dict[str, str]) -> None:
@@ -272,7 +314,8 @@ def quick(index: int, results: Path, told) -> None:
     ways = [way for way in WAYS if IS_GPU or way != "blocks"]
     # A graph is captured at the fourth step.
     records = run([case], ways, results / "steps.jsonl", rounds=5, checked=6 if IS_GPU else 3, seconds=40)
-    found = {r["provider"]: r for r in records if _key(r) == _key(case | {"provider": r.get("provider")}) and "ms" in r}
+    own = machine() | case
+    found = {r["provider"]: r for r in records if _key(r) == _key(own | {"provider": r.get("provider")}) and "ms" in r}
     told([ms / 1e3 for ms in found["ours"]["rounds_ms"]], {way: r["ms"] / 1e3 for way, r in found.items()})
     assert not mistakes(records), mistakes(records)
 
@@ -291,25 +334,37 @@ def bench_cmae_step(results, told):
 
 
 def main() -> int:
-    """1 if a way computed something else, or failed."""
-    parser = argparse.ArgumentParser(prog="fastmim bench step", description="Training steps side by side.")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the lines go; cases in it are not run again")
+    """1 if a way computed something else, or failed.
+
+    Raises:
+        ConfigError: an option is out of its range.
+    """
+    parser = Parser(prog="fastmim bench step", description="Training steps side by side.")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="where the lines go; cases in it are not run again"
+    )
     parser.add_argument("--methods", nargs="+", default=methods.available())
     parser.add_argument("--models", nargs="+", default=["vit_base"] if IS_GPU else ["vit_tiny"])
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[256] if IS_GPU else [8])
+    parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=[256] if IS_GPU else [8])
     parser.add_argument("--precisions", nargs="+", choices=list(TOLERANCE), default=[default_precision(DEVICE)[0]])
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--patch-size", type=int, default=16)
+    parser.add_argument("--image-size", type=at_least(1), default=224)
+    parser.add_argument("--patch-size", type=at_least(1), default=16)
     parser.add_argument("--providers", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--rounds", type=int, default=100 if IS_GPU else 10)
-    parser.add_argument("--checked", type=int, default=20, help="steps whose losses are compared first (default 20)")
+    parser.add_argument("--rounds", type=at_least(LEAST_ROUNDS), default=100 if IS_GPU else 10)
+    parser.add_argument(
+        "--checked", type=at_least(1), default=20, help="steps whose losses are compared first (default 20)"
+    )
     parser.add_argument("--seconds", type=float, default=60, help="of timing per case, at most (default 60)")
     parser.add_argument("--one-process", action="store_true", help="for all ways, as always on a GPU")
     parser.add_argument("--report", action="store_true", help="only write tables and pictures of the file, beside it")
     args = parser.parse_args()
+    if args.report and (args.json is None or not args.json.exists()):
+        raise ConfigError("--report: expected --json with a file of results")
     if not args.report:
         cases = [make_case(m, model, args.image_size, args.patch_size, b, p) for m in args.methods for model in args.models
                  for b in args.batch_sizes for p in args.precisions]  # fmt: skip
+        for case in cases:
+            check(case)
         ways = ["ours", *(w for w in args.providers if w != "ours")]
         records = run(
             cases, ways, args.json, args.rounds, args.checked, args.seconds, Here if args.one_process else PLACE
@@ -320,4 +375,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_code(main))

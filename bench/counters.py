@@ -1,5 +1,7 @@
 """What a training step asks of the device: operations, waits of the host, bytes kept for the backward pass."""
 
+import sys
+from contextlib import ExitStack
 from unittest.mock import patch
 
 import torch
@@ -34,8 +36,8 @@ def counted(way) -> dict:
     """What one step of a way of bench_step.py asks for, as far as it can be counted.
 
     launches: what the host starts; on a CPU operations where they meet the device, so that one of ours counts as one,
-    whatever it is made of (of a micro-batch, where the step is cut). kernels: what a GPU runs. host_syncs: how often the host
-    waits for the device. saved_mib: kept for the backward pass.
+    whatever it is made of. kernels: what a GPU runs. host_syncs: how often the host waits for the device. saved_mib: kept
+    for the backward pass, of the largest micro-batch. counted_parts: the step's micro-batches, which are all counted.
     """
     is_gpu = way.batch.ids.is_cuda
     return (count_step(way) if way.counts else {}) | (count_kernels(way) if is_gpu else {})
@@ -44,20 +46,56 @@ def counted(way) -> dict:
 def count_step(way) -> dict:
     """By what torch dispatches.
 
-    On CPUs our ops look at values to check them; they do not on GPUs, nor under torch.compile, nor here. The optimizer's
-    waits are left out: on a CPU those for its step counts, which never leave the host, look like others.
+    On CPUs our ops look at values to check them; they do not on GPUs, nor under torch.compile, nor here. Waits are those of
+    forward passes: on a CPU a look at the loss's weight or the optimizer's step counts, which cost nothing there and do
+    not happen on a GPU, is like any other.
     """
     way.prepare()
-    parameters = [*way.method.parameters(), *way.batch.crops, way.batch.ids]
-    if hasattr(way, "model"):
-        parameters += way.model.parameters()
-    saved, forward, rest = Saved(parameters), Counter(), Counter()
-    with forward, saved, patch("torch.compiler.is_compiling", return_value=True):
+    return _count_program(way) if hasattr(way, "program") else _count_passes(way)
+
+
+def _count_program(way) -> dict:
+    """Of a way that steps as the trainer does, which may cut the batch."""
+    known = [*way.method.parameters(), *way.engine.copies.values()]
+    counter, saved, waits = Counter(), [], 0
+    forward = way.program.forward
+
+    def watched(micro, *rest):
+        nonlocal waits
+        saved.append(Saved([*known, *micro.crops, micro.ids]))
+        before = counter.waits
+        with saved[-1]:
+            out = forward(micro, *rest)
+        waits += counter.waits - before
+        return out
+
+    with patch.object(way.program, "forward", watched), _unchecked(), counter:
+        way.step()
+    return _counts(counter.ops, waits, max(each.bytes for each in saved), len(saved))
+
+
+def _count_passes(way) -> dict:
+    """Of a way that takes the batch as a whole."""
+    known = [*way.method.parameters(), *way.model.parameters(), *way.batch.crops, way.batch.ids]
+    saved, forward, rest = Saved(known), Counter(), Counter()
+    with _unchecked(), forward, saved:
         loss = way.forward()
-    with rest:
+    with _unchecked(), rest:
         way.finish(loss)
-    waits = forward.waits + way.reads_loss
-    return {"launches": forward.ops + rest.ops, "host_syncs": waits, "saved_mib": saved.bytes / 2**20}
+    return _counts(forward.ops + rest.ops, forward.waits + way.reads_loss, saved.bytes, 1)
+
+
+def _counts(launches: int, waits: int, saved: int, parts: int) -> dict:
+    return {"launches": launches, "host_syncs": waits, "saved_mib": saved / 2**20, "counted_parts": parts}
+
+
+def _unchecked() -> ExitStack:
+    """Within it, ops do not look at values. (Under `is_compiling` they would, besides, take other ways.)"""
+    stack = ExitStack()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastmim_kernels.") and hasattr(module, "is_readable"):
+            stack.enter_context(patch.object(module, "is_readable", return_value=False))
+    return stack
 
 
 def count_kernels(way) -> dict:

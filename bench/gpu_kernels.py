@@ -23,6 +23,7 @@ from machine import DEVICE as GPU
 from machine import IS_GPU, allocated, between_ceilings, machine
 from points import Points
 from sizes import training_sizes
+from step_report import MACHINE
 
 REHEARSED = "native" if "native" in dispatch.available("gather", "cpu") else "reference"
 OURS, IMAGES = ("triton", 1024) if IS_GPU else (REHEARSED, 8)
@@ -41,7 +42,7 @@ def check(ops: list[str], points: Points) -> int:
     """Prints every failure; returns their number. Ops that the file has are not checked again."""
     failures = count = 0
     for op in ops:
-        if points.has(lambda r: (r.get("suite"), r.get("op")), ("check", op)):
+        if points.has(check_key, check_key(machine() | {"suite": "check", "op": op})):
             print(f"{op}: in the file already", flush=True)
             continue
         small, large = cases.load(op)
@@ -53,6 +54,10 @@ def check(ops: list[str], points: Points) -> int:
         empty_cache()
     print(f"{count - failures} of {count} cases are right", flush=True)
     return sum(r["wrong"] for r in points.records if r.get("suite") == "check" and r["op"] in ops)
+
+
+def check_key(record: dict) -> tuple:
+    return tuple(record.get(k) for k in ("suite", "op", *MACHINE))
 
 
 def is_wrong(op: str, case: cases.Case) -> bool:
@@ -183,12 +188,14 @@ def measure(op: str, case: cases.Case, provider: str) -> dict[str, float | str]:
 
 def compare(ops: list[str], providers: list[str], seconds: float, points: Points) -> int:
     """Times what the file lacks; returns the number of cases that were wrong."""
-    sizes = training_sizes(IMAGES)
+    sizes, here = training_sizes(IMAGES), machine()
     todo = [
         (op, case)
         for op in ops
         for case in sizes.get(op, ())
-        if not points.has(key, (op, case.function, case.name, *providers))
+        if not points.has(
+            key, key(here | {"op": op, "function": case.function, "case": case.name, "providers": providers})
+        )
     ]
     if not todo:
         print("all is in the file already")
@@ -216,7 +223,7 @@ def compare(ops: list[str], providers: list[str], seconds: float, points: Points
 
 
 def key(record: dict) -> tuple:
-    return record.get("op"), record.get("function"), record.get("case"), *record.get("providers", ())
+    return tuple(record.get(k) for k in ("op", "function", "case", *MACHINE)), *record.get("providers", ())
 
 
 def show(r: dict) -> None:

@@ -35,6 +35,8 @@ def rows(records: list[dict], title: str) -> list[dict]:
 def page(records: list[dict], name: str = "FILE.jsonl") -> str:
     """Markdown."""
     parts = [HEAD.format(name=name, **records[-1])]
+    commands = dict.fromkeys(f"- `{r['command']}`" for r in records if "command" in r)
+    parts += ["Measured by:\n\n" + "\n".join(commands) + "\n"] * bool(commands)
     for title in dict.fromkeys(record["data"] for record in records):
         found = rows(records, title)
         if title == IN_TRAINING:

@@ -1,5 +1,6 @@
 """Pictures of records of results, with matplotlib: bars per method, a roofline per kernel, bars per loader."""
 
+import math
 import statistics
 import textwrap
 from collections.abc import Callable
@@ -8,8 +9,8 @@ from pathlib import Path
 
 import loader_report
 from kernel_report import roofs, share_of_roof
-from points import latest, origin
-from step_report import case_name, case_of
+from points import origin
+from step_report import MOST_DRIFT, case_name, case_of, steps_of
 
 # Inches: a row of bars, its frame (title, axis, legend), a letter of a label of 7 points.
 ROW, FRAME, LETTER = 0.2, 1.3, 0.066
@@ -69,28 +70,37 @@ def _legend(figure, axes, columns: int) -> None:
 
 
 def draw_steps(records: list[dict], plt):
-    """Images per second of every way, a group of bars per case."""
-    steps = latest((r for r in records if r["suite"] == "step"), lambda r: (*case_of(r), r["provider"]))
+    """The time of every way over ours, a group of bars per case; images per second where they are not void."""
+    steps = steps_of(records)
     cases = [list(points) for _, points in groupby(sorted(steps, key=case_of), key=case_of)]
-    ways = list(dict.fromkeys(r["provider"] for r in steps))
-    colors = dict(zip(ways, plt.get_cmap("tab10").colors))
-    figure, axes, _ = _bars(plt, [case_name(points[0]) for points in cases], rows=len(steps) + GAP * (len(cases) - 1))
-    y, ticks = 0.0, []
-    for points in cases:
-        start = y
-        # Methods cost different amounts: each group is drawn against its fastest.
-        fastest = max(r["images_per_s"] for r in points)
-        for r in points:
-            share = r["images_per_s"] / fastest
-            axes.barh(y, share, 0.85, color=colors[r["provider"]])
-            axes.text(share, y, f" {r['provider']} {r['images_per_s']:.1f}", va="center", fontsize=7)
+    colors = dict(zip(dict.fromkeys(r["provider"] for r in steps), plt.get_cmap("tab20").colors))
+    where = len({r["device"] for r in steps}) > 1
+    names = [case_name(points[0]) + f"\n{points[0]['device']}" * where for points in cases]
+    figure, axes, _ = _bars(plt, names, rows=len(steps) + GAP * (len(cases) - 1))
+    y, ticks, longest = 0.0, [], 1.0
+    for points, name in zip(cases, names):
+        start, ours = y, next((r["ms"] for r in points if r["provider"] == "ours"), None)
+        for r in sorted(points, key=lambda r: r["ms"]):
+            slower = r.get("slower") or (r["ms"] / ours if ours else math.nan)
+            speed = "" if r["is_void"] else f", {r['images_per_s']:.1f} images/s"
+            axes.barh(y, slower, 0.85, color=colors[r["provider"]])
+            axes.text(
+                0 if math.isnan(slower) else slower,
+                y,
+                f" {r['provider']} {slower:.2f}x{speed}",
+                va="center",
+                fontsize=7,
+            )
+            longest = max(longest, 0 if math.isnan(slower) else slower)
             y += 1
-        ticks.append(((start + y - 1) / 2, case_name(points[0])))
+        ticks.append(((start + y - 1) / 2, name))
         y += GAP
     axes.set_yticks([at for at, _ in ticks], [name for _, name in ticks])
-    axes.set_xlim(0, 1.2)
-    axes.set_xlabel("images per second, of the fastest way of each case", fontsize=8)
-    _title(axes, "Training steps: images per second", origin(steps))
+    axes.set_xlim(0, 1.35 * longest)
+    axes.axvline(1, color="black", linewidth=0.7, linestyle=":")
+    axes.set_xlabel("time of a step over ours, median of the rounds' ratios", fontsize=8)
+    few = f"images per second where the machine's ceilings moved by {100 * MOST_DRIFT:.0f} % at most"
+    _title(axes, f"Training steps: time over ours; {few}", origin(steps))
     return figure
 
 

@@ -7,7 +7,10 @@ again. To measure anew, take another file.
 import json
 import os
 from collections.abc import Callable, Hashable, Iterable
+from contextlib import suppress
 from pathlib import Path
+
+from fastmim.config import ConfigError
 
 
 class Points:
@@ -15,17 +18,28 @@ class Points:
 
     Args:
         path: the file; None: records are kept in memory alone.
+
+    Raises:
+        ConfigError: the file holds something else, which is left as it is.
     """
 
     def __init__(self, path: Path | None):
         self.path = path
         self.records: list[dict] = []
         if path is not None and path.exists():
-            whole, _, torn = path.read_text().rpartition("\n")
-            self.records = [json.loads(line) for line in whole.splitlines()]
-            if torn:
-                # The process that wrote it was killed in the middle of a line.
-                path.write_text(whole + "\n" * bool(whole))
+            try:
+                *whole, last = path.read_text().split("\n")
+            except ValueError as e:
+                raise ConfigError(f"{path}: expected lines of JSON, got no text; take another file") from e
+            self.records = [_record(line, path, i) for i, line in enumerate(whole, 1)]
+            if last and not last.startswith("{"):
+                raise ConfigError(f"{path}: expected lines of JSON, its last line is none; take another file")
+            if last:
+                # The process that wrote it was killed in the middle of a line, or just before its end.
+                with suppress(ValueError):
+                    self.records.append(json.loads(last))
+                    whole.append(last)
+                path.write_text("".join(f"{line}\n" for line in whole))
 
     def add(self, records: Iterable[dict]) -> None:
         """Appends records, all in one write, and waits for the disk."""
@@ -41,6 +55,16 @@ class Points:
     def has(self, key: Callable[[dict], Hashable], value: Hashable) -> bool:
         """Whether there is a record with that key."""
         return any(key(record) == value for record in self.records)
+
+
+def _record(line: str, path: Path, number: int) -> dict:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise ConfigError(f"{path}: expected lines of JSON, line {number} is none; take another file")
+    return record
 
 
 def latest(records: Iterable[dict], key: Callable[[dict], Hashable]) -> list[dict]:

@@ -15,6 +15,7 @@ from counters import is_kernel
 from machine import DEVICE, IS_GPU, clock, machine, seconds_of
 from points import Points
 from run_report import kinds_table
+from step_report import MACHINE
 from torch.profiler import ProfilerActivity, profile
 
 from fastmim.device import default_precision
@@ -96,10 +97,10 @@ def main() -> None:
         case = make_case(method, args.model, args.image_size, args.patch_size, args.batch_size, precision)
         new = {}
         for way in args.ways:
-            why, key = why_not(way, method), (*(case[k] for k in KEY), way)
+            why, key = why_not(way, method), key_of(machine() | case | {"provider": way})
             if why:
                 print(f"  {describe(case)}, {way}: not measured: {why}")
-            elif points.has(lambda r: (*(r.get(k) for k in KEY), r.get("provider")), key):
+            elif points.has(key_of, key):
                 print(f"  {describe(case)}, {way}: in the file already")
             else:
                 new[way] = {"suite": "profile", **case, "provider": way, **profiled(case, way), **machine()}
@@ -107,6 +108,10 @@ def main() -> None:
         show(case, new)
     if args.json is not None:
         report.write_report(args.json)
+
+
+def key_of(record: dict) -> tuple:
+    return tuple(record.get(k) for k in (*KEY, *MACHINE, "provider"))
 
 
 def show(case: dict, new: dict[str, dict]) -> None:

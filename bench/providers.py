@@ -201,20 +201,25 @@ class OfficialFp32(OfficialStyle):
 
 
 class Stock(OfficialStyle):
-    counts, reads_loss, fused_optimizer = False, False, True
+    counts, reads_loss, fused_optimizer, fused_attention = False, False, True, True
 
     def network(self) -> torch.nn.Module:
         if self.pairs:
             self.targets, self.onlines = [p.target for p in self.pairs], [p.online for p in self.pairs]
         mode = compile_mode()
-        return torch.compile(
-            official.Official(self.method, fused_attention=True), dynamic=False, mode=None if mode == "1" else mode
-        )
+        network = official.Official(self.method, fused_attention=self.fused_attention)
+        return torch.compile(network, dynamic=False, mode=None if mode == "1" else mode)
 
     @torch.no_grad()
     def average(self, momentum: float) -> None:
         if self.pairs:
             torch._foreach_lerp_(self.targets, self.onlines, 1 - momentum)
+
+
+class Inductor(Stock):
+    """With products and softmax as they are written: on a CPU torch's fused attention trains slower."""
+
+    fused_attention = False
 
 
 def compile_mode() -> str:

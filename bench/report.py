@@ -46,6 +46,10 @@ INTRODUCTION = """# Benchmarks
 Written by `python bench/report.py` from the files of `bench/results`; a test compares. Every number comes from a run on the
 machine that its section names. `fastmim bench step|kernels|loader|e2e --json FILE` measures anew, `bash bench/gpu_day.sh` on a
 GPU; [bench/NOTES.md](../bench/NOTES.md) has what was expected, what came out, and why.
+
+Not compared: Liger, xformers, FlagGems and FlexAttention as peers of kernels; stable-pretraining as one of steps; SPDL, Streaming
+and ESSL as loaders. Not measured: FLOPs with recomputation (HFU), views per second, joules per image, the ceiling of fp8 products;
+on CPUs, wall time beside process time.
 """
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import pytest
 from trainer_run import ROOT
 
 from fastmim import compiling
-from fastmim.bench import _command, config_of
+from fastmim.bench import _command, config_of, exit_code
 from fastmim.cli import run
 from fastmim.config import SIZES, ConfigError, Size
 from fastmim.methods import base as methods
@@ -89,6 +90,13 @@ def test_ways_agree_are_counted_and_missing_ones_are_said(step, tmp_path, capsys
     assert ways["ours"]["backend"] == step.ours_on()
     assert ways["ours"]["slower"] == 1.0 and len(ways["plain"]["rounds_ms"]) == ways["plain"]["n"] == 3
     assert found[0]["suite"] == found[-1]["suite"] == "ceiling" and found[-1]["drift"] == 0.0
+    assert all(r["checked"] == 3 and r["counted_parts"] == 1 for r in ways.values())
+    (command,) = {r["command"] for r in ways.values()}
+    assert command.endswith(
+        "fastmim bench step --methods cmae --models vit_pico --batch-sizes 4 --precisions fp32 --image-size 32 "
+        "--patch-size 8 --providers ours plain official timm hf --rounds 3 --checked 3 --seconds 60 --one-process"
+    )
+    assert str(tmp_path) not in command
     assert ways["ours"]["other_batch"] == 8 and ways["ours"]["other_ms"] > 0 and "other_ms" not in ways["plain"]
     missing = {r["provider"]: r["why"] for r in found if r["suite"] == "missing"}
     assert missing == {"timm": "no_such_package is not installed", "hf": "hf has mae alone"}
@@ -164,6 +172,39 @@ def test_what_the_trainer_offers_takes_our_step(step, way, method, monkeypatch):
     assert theirs.losses == pytest.approx(ours.losses, rel=1e-6)
 
 
+def test_all_micro_batches_of_a_step_are_counted(step, monkeypatch):
+    """And what the largest of them saves; a way that takes the whole batch has one."""
+    providers, counters = importlib.import_module("providers"), importlib.import_module("counters")
+    whole = counters.counted(step.Ours(case(step, "mae")))
+    monkeypatch.setattr(providers, "micro_batches", lambda *args: 2)
+    halves, official = step.Ours(case(step, "mae")), step.OfficialStyle(case(step, "mae"))
+    official.prepare()
+    found = counters.counted(halves)
+    assert found["counted_parts"] == 2 and counters.counted(official)["counted_parts"] == whole["counted_parts"] == 1
+    assert 1.3 * whole["launches"] < found["launches"] < 2 * whole["launches"]
+    assert found["saved_mib"] == pytest.approx(whole["saved_mib"] / 2, rel=0.1)
+    assert found["host_syncs"] == whole["host_syncs"] == 0
+    # What is counted is a step, and leaves nothing behind.
+    assert halves.rng[1] == 1 and "forward" not in vars(halves.program)
+
+
+@pytest.mark.parametrize("key", ["device", "threads", "torch"])
+def test_another_machine_measures_the_same_case_anew(step, key, monkeypatch):
+    here = step.machine()
+    record = {"suite": "step", **case(step, "mae"), "provider": "ours", **here}
+    wanted = here | case(step, "mae") | {"provider": "ours"}
+    assert step._key(record) == step._key(wanted) != step._key(wanted | {key: "another"})
+    points = step.Points(None)
+    points.add([record | {key: "another"}])
+    monkeypatch.setattr(step, "Points", lambda path: points)
+    taken = []
+    monkeypatch.setattr(step, "measure", lambda case, *args: taken.append(case) or [])
+    for added in ([], [record]):
+        points.add(added)
+        step.run([case(step, "mae")], ["ours"], None, rounds=3, checked=1, seconds=1)
+    assert taken == [case(step, "mae")], "once"
+
+
 def test_ways_that_do_not_exist_say_why(step, monkeypatch):
     assert step.why_not("official", "cae") == "official has mae and cmae alone"
     monkeypatch.setenv("FASTMIM_BENCH_COMPILE", "0")
@@ -213,6 +254,102 @@ def test_command_starts_the_scripts_with_a_file(monkeypatch, tmp_path):
     assert env == {"FASTMIM_BENCH_OUT": str(tmp_path / "f.jsonl"), "FASTMIM_BENCH_SHORT": "0"}
     with pytest.raises(ConfigError, match="--json: expected a file"):
         _command("kernels", ["--json"])
+
+
+MISTAKES = {
+    "--checked 0": "argument --checked: expected at least 1, got 0",
+    "--rounds 1": "argument --rounds: expected at least 3, got 1",
+    "--image-size 33": "--image-size: expected a multiple of --patch-size 8, got 33",
+    "--methods mixedae --batch-sizes 3": "--batch-sizes: expected multiples of 4 for mixedae, got 3",
+    "--methods mea": "--method: expected one of",
+    "--models vit_foo": "vit_foo",
+    "--providers us": "argument --providers: invalid choice: 'us'",
+    "--round 3 --nonsense 1": "--nonsense",
+    "--json FOLDER": "--json: expected a file of lines of JSON, got a folder",
+    "--json FOLDER/text.md": "--json: expected a file of lines of JSON, got one of .md",
+    "--json FOLDER/text.txt": "expected lines of JSON, line 1 is none",
+    "--json FOLDER/last.txt": "expected lines of JSON, its last line is none",
+    "--report": "--report: expected --json with a file of results",
+}
+
+
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_is_one_line_before_anything_is_measured(step, flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(step, "between_ceilings", None)
+    (tmp_path / "text.txt").write_text("no JSON\n")
+    (tmp_path / "last.txt").write_text("no JSON")
+    words = flags.replace("FOLDER", str(tmp_path)).split()
+    small = [
+        "--methods",
+        "mae",
+        "--models",
+        "vit_pico",
+        "--image-size",
+        "32",
+        "--patch-size",
+        "8",
+        "--providers",
+        "ours",
+    ]
+    monkeypatch.setattr(sys, "argv", ["bench_step.py", *small, *words])
+    assert exit_code(step.main) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and MISTAKES[flags] in said
+    assert (tmp_path / "last.txt").read_text() == "no JSON", "another's file is left as it is"
+
+
+@pytest.mark.parametrize(("suite", "flags", "words"), [
+    ("loader", "--rounds 0", "argument --rounds: expected at least 1, got 0"),
+    ("loader", "--photos /nonexistent", "--photos: expected a folder of photographs"),
+    ("loader", "--train", "expected --photos"), ("loader", "--json /", "got a folder"),
+    ("e2e", "--steps 0", "argument --steps: expected at least 3, got 0"), ("e2e", "--json /", "got a folder"),
+    ("e2e", "--data /nonexistent", "--data: expected a folder of images"),
+])  # fmt: skip
+def test_mistakes_of_the_other_suites_are_one_line(step, suite, flags, words, monkeypatch, capsys):
+    module = importlib.import_module(f"bench_{suite}")
+    monkeypatch.setattr(sys, "argv", [f"bench_{suite}.py", *flags.split()])
+    assert exit_code(module.main) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and words in said
+
+
+def test_kernels_take_a_file_in_either_spelling_and_have_a_short_help(tmp_path, capsys):
+    for flags in (["--json", "f.jsonl"], ["--json=f.jsonl"]):
+        command, env = _command("kernels", [*flags, "-x"])
+        assert command[-1] == "-x" and env["FASTMIM_BENCH_OUT"].endswith("/f.jsonl")
+    for flags in (["--json="], ["--json", "-x"], [f"--json={tmp_path}"]):
+        with pytest.raises(ConfigError, match="--json: expected a file"):
+            _command("kernels", flags)
+    assert run(["bench", "kernels", "--help"]) == 0
+    text, suite = capsys.readouterr().out, (ROOT / "bench" / "bench_kernels.py").read_text()
+    assert set(re.findall(r"FASTMIM_BENCH_\w+", suite)) <= set(re.findall(r"FASTMIM_BENCH_\w+", text))
+    assert text.count("\n") < 30
+
+
+def test_plain_torch_that_computes_something_else_is_not_timed(step, monkeypatch):
+    kernels = importlib.import_module("bench_kernels")
+    device, real = kernels.torch.device("cpu"), kernels.plain_torch.masked_pixel_loss
+    # A scalar loss and its gradient.
+    small = kernels.pixel_loss.case((2, 3, 32, 32), 16, 3)
+    assert kernels.plain(small, device, 1e-5) is real
+
+    def wrong(pred, images, ids_masked, patch_size, *, mean, std, norm=True, kind="mse"):
+        return 1.001 * real(pred, images, ids_masked, patch_size, mean=mean, std=std, norm=norm, kind=kind)
+
+    monkeypatch.setattr(kernels.plain_torch, "masked_pixel_loss", wrong)
+    with pytest.raises(AssertionError, match=r"expected an error of 1\.0e-05"):
+        kernels.plain(small, device, 1e-5)
+
+
+def test_plain_torch_that_rounds_often_must_agree_in_float64(step, monkeypatch):
+    """Whose error in bf16 has no bound: a constant that is off by 1 % shows all the same."""
+    kernels = importlib.import_module("bench_kernels")
+    device, real = kernels.torch.device("cpu"), kernels.plain_torch.bias_gelu
+    small = next(c for c in kernels.cases.load("activation")[1] if "bias_bf" in c.name)
+    assert kernels.plain(small, device, 1e-5) is real
+    monkeypatch.setattr(kernels.plain_torch, "bias_gelu", lambda x, bias=None: 1.01 * real(x, bias))
+    with pytest.raises(AssertionError, match="expected an error"):
+        kernels.plain(small, device, 1e-2)
 
 
 def test_command_lists_the_suites(capsys):

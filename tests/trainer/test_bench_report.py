@@ -32,8 +32,8 @@ def test_steps_are_compared_with_ours_and_the_last_measurement_counts(report):
     )
     rows = [line for line in text.splitlines() if line.startswith("| mae")]
     case = "| mae vit_base/16 224px b256 bf16"
-    assert rows == [f"{case} | ours | 7 | 10.0 | 9.0 | 12.0 | 4050.0 | 12 % | 1.00x | 0.0e+00 | 5 | 0 | 3 |",
-                    f"{case} | official | 7 | 25.0 | 9.0 | 12.0 | 160.0 | 12 % | 2.50x | 2.0e-06 | 50 | 0 | 3 |"]  # fmt: skip
+    assert rows == [f"{case} | ours | 7 | 10.0 | 9.0 | 12.0 | - | - | 1.00x | 0.0e+00 | 5 | 0 | 3 |",
+                    f"{case} | official | 7 | 25.0 | 9.0 | 12.0 | - | - | 2.50x | 2.0e-06 | 50 | 0 | 3 |"]  # fmt: skip
     assert "| launches | syncs | saved |\n" in text, "no columns for what was not measured"
     assert "cpu; 1 thread(s); torch 0; commit c; n = 7." in text
     assert (
@@ -42,6 +42,42 @@ def test_steps_are_compared_with_ours_and_the_last_measurement_counts(report):
     )
     assert "Not measured: timm for mae (timm is not installed)." in text and "aim" not in text
     assert "Ceilings: not measured." in report.step_report.page([POINT], "f")
+
+
+def test_speeds_are_shown_of_runs_whose_ceilings_stood_still(report):
+    """Three runs of one file: one whose ceilings moved, one that was broken off, a good one; ratios are shown of all."""
+    point = {way: {**POINT, "provider": way, "slower": 2.0} for way in ("official", "stock", "timm")}
+    records = [CEILING, point["official"], CEILING | {"drift": 0.031}, CEILING, point["stock"], CEILING, point["timm"],
+               CEILING | {"drift": 0.03}]  # fmt: skip
+    assert {r["provider"]: r["is_void"] for r in report.step_report.steps_of(records)} == {
+        "official": True, "stock": True, "timm": False
+    }  # fmt: skip
+    rows = [line for line in report.step_report.page(records, "f").splitlines() if line.startswith("| mae")]
+    assert [("| 4050.0 | 12 % |" in row, "| - | - |" in row, "| 2.00x |" in row) for row in rows] == [
+        (False, True, True), (False, True, True), (True, False, True)
+    ]  # fmt: skip
+
+
+def test_pictures_show_speeds_where_they_count(report):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    slow = {**POINT, "provider": "official", "slower": 2.5, "images_per_s": 160.0}
+    for drift, speeds in ((0.1, ["", ""]), (0.02, [", 4050.0 images/s", ", 160.0 images/s"])):
+        figure = report.pictures.draw_steps([CEILING, POINT, slow, CEILING | {"drift": drift}], plt)
+        (axes,) = figure.axes
+        plt.close(figure)
+        ways = (" ours 1.00x", " official 2.50x")
+        assert [text.get_text() for text in axes.texts] == [way + speed for way, speed in zip(ways, speeds)]
+
+
+def test_a_page_says_how_its_numbers_were_made(report):
+    """The commands, each once; and of how many rows none is known."""
+    new = {**POINT, "command": "fastmim bench step --methods mae", "checked": 20, "counted_parts": 2}
+    text = report.step_report.page([POINT, new | {"provider": "plain"}, new | {"provider": "official"}], "f")
+    assert text.count("- `fastmim bench step --methods mae`") == 1
+    assert "Of 1 of 3 rows the command was not recorded." in text
+    assert "| loss error | checked | launches | syncs | saved | parts |\n" in text
+    assert "| 0.0e+00 | 20 | 5 | 0 | 3 | 2 |" in text and "| 0.0e+00 |  | 5 | 0 | 3 |  |" in text
+    assert "not recorded" not in report.step_report.page([new], "f")
 
 
 def test_what_a_gpu_tells_has_columns_and_ratios_are_those_of_rounds(report):
@@ -54,7 +90,7 @@ def test_what_a_gpu_tells_has_columns_and_ratios_are_those_of_rounds(report):
         "triton": "3.6.0",
     }
     text = report.step_report.page(
-        [CEILING | {"drift": 0.02}, POINT, POINT | gpu | {"provider": "stock", "slower": 1.35}], "f"
+        [POINT, POINT | gpu | {"provider": "stock", "slower": 1.35}, CEILING | {"drift": 0.02}], "f"
     )
     assert "| MFU | of datasheet | slower | loss error | launches | kernels | syncs | saved | peak | first |" in text
     assert "| 12 % | 11 % | 1.35x | 0.0e+00 | 5 | 700 | 0 | 3 | 9000 | 41.3 |" in text
@@ -63,8 +99,23 @@ def test_what_a_gpu_tells_has_columns_and_ratios_are_those_of_rounds(report):
 
 def test_an_h200_is_held_against_the_aims(report):
     h200 = {"device": "NVIDIA H200"}
-    text = report.step_report.page([CEILING | h200, POINT | h200], "f")
-    assert "| mae vit_base/16 224px b256 bf16 | ours | 4050 | 8100 | 12 % | 60 % | 50 % |" in text
+    still = CEILING | h200 | {"drift": 0.01}
+    text = report.step_report.page([CEILING | h200, POINT | h200, still], "f")
+    assert "| mae vit_base/16 224px b256 bf16 | ours | mae | 4050 | 8100 | 12 % | 60 % | 50 % |" in text
+    assert "| mae | - | 8100 | - | 60 % | - |" in report.step_report.page([POINT | h200, still | {"drift": 0.1}], "f")
+
+
+def test_cae_has_an_aim_for_pixels_and_one_for_tokens(report):
+    """A record without options is of the paper preset, which has no tokenizer."""
+    cae = {**POINT, "device": "NVIDIA H200", "method": "cae", "images_per_s": 2075.0}
+    still = CEILING | {"device": "NVIDIA H200", "drift": 0.01}
+    text = report.step_report.page([cae, still], "f")
+    assert "| ours | cae | 2075 | 4150 | 12 % | 58 % | 50 % |" in text
+    assert "58% and 4150 images/s where it predicts pixels, 45% and 2200 with DALL-E's tokenizer" in text
+    text = report.step_report.page(
+        [cae | {"options": {"tokenizer": "encoder.pkl"}, "images_per_s": 1100.0}, still], "f"
+    )
+    assert "| ours | cae with DALL-E's tokenizer | 1100 | 2200 | 12 % | 45 % | 50 % |" in text
 
 
 def test_share_of_the_ceiling_by_hand(report):
@@ -85,7 +136,8 @@ def test_share_of_the_ceiling_by_hand(report):
 
 def test_every_suite_has_a_page_and_a_picture(report, tmp_path):
     loader = {"suite": "loader", "data": "photos", "loader": "Pillow + DataLoader", "cpu_ms": [1.0], "images_per_s": [9.0],
-              "images": 8, "machine": "m", "versions": "v", "decoder": "d", "commit": "c", "date": "t"}  # fmt: skip
+              "images": 8, "machine": "m", "versions": "v", "decoder": "d", "commit": "c", "date": "t",
+              "command": "python bench/bench_loader.py"}  # fmt: skip
     run = {"suite": "e2e", **MACHINE, "data": "photos", "flags": ["--method", "mae"], "steps": 9, "source": "real", "n": 3,
            "images_per_s": 90.0, "data_wait": 0.01}  # fmt: skip
     gpu = {"suite": "gpu kernels", "op": "gather", "case": "B8", "function": "gather_tokens", "device": "g", "torch": "0",
@@ -116,6 +168,7 @@ def test_every_suite_has_a_page_and_a_picture(report, tmp_path):
         if has_matplotlib and name in ("steps", "kernels", "loaders", "gpu"):
             assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG"), name
     text = report.document(tmp_path)
+    assert "- `python bench/bench_loader.py`\n" in (tmp_path / "loaders.md").read_text()
     assert "![steps](benchmarks/steps.png)" in text and "## Training steps: `steps.jsonl`" in text
     assert "\n### cpu, 1 thread(s)\n" in text
 
@@ -125,6 +178,13 @@ def test_the_page_is_made_of_the_files_that_are_there(report):
     assert text == report.document(report.RESULTS), "python bench/report.py"
     for picture in re.findall(r"\]\((benchmarks/[^)]*)\)", text):
         assert (report.DOCUMENT.parent / picture).is_file(), f"{picture}: python bench/report.py, with matplotlib"
+
+
+def test_tables_beside_the_files_are_made_of_them(report):
+    for path in sorted(report.RESULTS.rglob("*.jsonl")):
+        suite, records = report.read(path)
+        text = path.with_suffix(".md").read_text()
+        assert text == report.PAGES[suite](records, path.name), f"python bench/report.py {path}"
 
 
 def test_legends_cover_nothing(report):

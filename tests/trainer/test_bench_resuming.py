@@ -28,6 +28,8 @@ def test_a_torn_line_is_dropped_and_whole_ones_are_kept(bench, tmp_path):
     assert points.has(lambda r: r["a"], 3) and not points.has(lambda r: r["a"], 4)
     path.write_text('{"a": ')
     assert bench("points").Points(path).records == [] and path.read_text() == ""
+    path.write_text('{"a": 1}')
+    assert bench("points").Points(path).records == [{"a": 1}] and path.read_text() == '{"a": 1}\n', "its end alone"
 
 
 def test_steps_go_on_after_a_kill(tmp_path):
