@@ -235,7 +235,8 @@ class Session:
         return mfu(images_per_s, self.flops, None if peak is None else peak * dist.launched_world())
 
     def _boxes(self, loader: Loader, total: int, display: Display) -> HeatBoxes | None:
-        if self.train_index is None or not any(crop.uses_boxes for crop in self.crops):
+        is_noise = self.train_index is None or self.config.loader == "synthetic"
+        if is_noise or not any(crop.uses_boxes for crop in self.crops):
             return None
         reader = EvalReader(
             self.train_index, self.model.image_size, batch_size=BOX_BATCH, rank=dist.rank(), world=dist.world_size(),

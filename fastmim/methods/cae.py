@@ -68,7 +68,7 @@ class Config:
     """Initial weights; auto: xavier, and beit from vit_large on. Source: --fix_init_weight of scripts/cae_large_1600e.sh."""
 
 
-LARGE = ("vit_large", "vit_huge")
+LARGE = ("vit_large", "vit_huge", "vit_giant")
 
 
 class CrossAttention(nn.Module):

@@ -151,6 +151,11 @@ class ICMAE(Method):
             self.box_updates = config.box_updates
         if "sim_center" in (config.crop, config.first_crop) and has_boxes:
             self.first_box = CENTER
+        if (config.crop, config.heat, config.contrast) == ("contrastive", "attn", "none"):
+            self.notes = (
+                "boxes come from the class token's attention, and without a contrast the decoder alone trains that token: "
+                "--icmae.heat feat looks at the patches instead",
+            )
 
     def _add_position(self, config: Config) -> None:
         check_range("--icmae.pos-drop", config.pos_drop, 0, 1)

@@ -164,3 +164,9 @@ def test_two_processes_find_the_same_boxes(images, server, tmp_path):
     ours, theirs = ([r["box_area"] for r in metrics(tmp_path / out) if "loss" in r] for out in ("two", "one"))
     assert ours[:4] == [0.25] * 4 and ours[4] != 0.25
     assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+def test_noise_beside_real_images_has_no_boxes(images, tmp_path):
+    """`--loader synthetic` pretends another number of images than --data has."""
+    run(images, tmp_path / "run", "--loader", "synthetic")
+    assert all("box_area" not in record for record in metrics(tmp_path / "run"))

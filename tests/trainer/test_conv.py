@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from cmae_case import NO_COLOR, TAU
 from slow_reference import (
     assert_same_gradients,
     block,
@@ -12,7 +13,10 @@ from slow_reference import (
     cut_view,
     doubles,
     draw_flips,
+    draw_shifts,
     draw_visible,
+    head,
+    info_nce,
     layer_norm,
     make_batch,
     make_rng,
@@ -172,7 +176,7 @@ def test_losses_with_a_conv_stem(name):
         method = module.MAE(spec(), mae.Config(decoder_depth=1, **light))
     else:
         options = dict(pixel_decoder_depth=1, feature_decoder_depth=1, head_hidden=40, head_out=16, mask_cell=1)
-        method = module.CMAE(spec(), cmae.Config(**light, **options))
+        method = module.CMAE(spec(), cmae.Config(**light, **options, color=NO_COLOR))
     scramble(method)
     weights = doubles(method)
     batch, rng, m = make_batch(method), make_rng(), method.model
@@ -182,23 +186,41 @@ def test_losses_with_a_conv_stem(name):
     views = [cut_view(c, m.image_size, 0, 0, f, m.mean, m.std) for c, f in zip(batch.crops[0], flips)]
     decoder = "decoder" if name == "mae" else "pixel_decoder"
     sizes = dict(patch=m.patch_size, heads=HEADS, first="column", final_norm=True)
-    preds = []
-    for view, ids in zip(views, visible):
-        latent = conv_encode(under(weights, "encoder"), view, ids, **sizes)
-        preds.append(slow_decode(under(weights, decoder), latent, ids, m.grid, "column" if name == "mae" else "row"))
+    latents = [conv_encode(under(weights, "encoder"), view, ids, **sizes) for view, ids in zip(views, visible)]
+    first = "column" if name == "mae" else "row"
+    preds = [slow_decode(under(weights, decoder), x, ids, m.grid, first) for x, ids in zip(latents, visible)]
     masked = [[i for i in range(m.num_patches) if i not in ids] for ids in visible]
     pixel = pixel_loss(preds, views, masked, m.patch_size, normalize=True)
     out = method(batch, rng)
     torch.testing.assert_close(out.parts["pixel"].double(), pixel.detach(), rtol=1e-5, atol=0)
+    loss = pixel
+    if name == "cmae":
+        contrast = slow_contrast(method, weights, batch, rng, flips, latents, visible)
+        torch.testing.assert_close(out.parts["contrast"].double(), contrast.detach(), rtol=1e-5, atol=0)
+        loss = pixel + contrast
     out.loss.backward()
-    if name == "mae":
-        pixel.backward()
-        assert_same_gradients(method, weights)
-    else:
+    loss.backward()
+    assert_same_gradients(method, weights)
+    if name == "cmae":
         targets = {id(p.target) for p in method.ema_pairs()}
         followers = set(dict(method.target_encoder.named_parameters()))
         assert {"skip1.linear.weight", "stage1.0.spread.weight"} <= followers
         assert all(id(p) in targets and p.grad is None for p in method.target_encoder.parameters())
+
+
+def slow_contrast(method, weights, batch, rng, flips, latents, visible):
+    """CMAE's, whose target sees the whole shifted view; there is no class token to leave out of the mean."""
+    m = method.model
+    sizes = dict(patch=m.patch_size, heads=HEADS, first="column", final_norm=False)
+    shifts = draw_shifts(rng, batch.ids, 2 * m.patch_size - 1)
+    pooled, targets = [], []
+    for crop, flip, (top, left), latent, ids in zip(batch.crops[0], flips, shifts, latents, visible):
+        pooled.append(slow_decode(under(weights, "feature_decoder"), latent, ids, m.grid, "row").mean(0))
+        view = cut_view(crop, m.image_size, top, left, flip, m.mean, m.std)
+        targets.append(conv_encode(under(weights, "target_encoder"), view, list(range(m.num_patches)), **sizes).mean(0))
+    queries = head(under(weights, "predictor"), head(under(weights, "projector"), torch.stack(pooled)))
+    keys = head(under(weights, "target_projector"), torch.stack(targets)).detach()
+    return 2 * TAU * info_nce(queries, keys, list(range(len(queries))), TAU)
 
 
 def slow_decode(weights, latent, visible, grid, first):

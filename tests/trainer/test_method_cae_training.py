@@ -208,7 +208,10 @@ def test_cae_beit_init_shrinks_the_last_layer_of_each_branch(monkeypatch):
     assert 0.0198 < method.decoder.head.weight.abs().max() <= 0.02
 
 
-@pytest.mark.parametrize("name, scale, is_xavier", [("vit_base", 0.1, True), ("vit_large", 1e-5, False)])
+@pytest.mark.parametrize(
+    "name, scale, is_xavier",
+    [("vit_base", 0.1, True), *((name, 1e-5, False) for name in ("vit_large", "vit_huge", "vit_giant"))],
+)
 def test_cae_large_models_start_as_meant(monkeypatch, name, scale, is_xavier):
     monkeypatch.setitem(SIZES, name, Size(32, 2, 2))
     method = cae.CAE(model_spec(name=name), cae.Config())

@@ -270,3 +270,9 @@ def test_icmae_flips_of_the_views_are_drawn_apart(small, spied_views):
     for i in range(40):
         exact = cut_view(batch.crops[1][i], m.image_size, 0, 0, second[i], (0,) * 3, (1,) * 3)
         torch.testing.assert_close(view[i].double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(contrast="enc_cls"), dict(heat="feat"), dict(crop="random")])
+def test_icmae_says_where_boxes_come_from_an_idle_class_token(small, changes):
+    method = build(**(dict(contrast="none", crop="contrastive", heat="attn") | changes))
+    assert ["--icmae.heat feat" in note for note in method.notes] == ([] if changes else [True])

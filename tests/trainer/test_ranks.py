@@ -14,11 +14,19 @@ STEPS = 20
 CROPS = (CropSpec((2, 2)),)
 
 
-@pytest.mark.parametrize("method", available())
-def test_losses_of_two_ranks_are_those_of_one(images, server, tmp_path, method):
+# What the demo presets leave out: stochastic depth, block masks, the convolutional stem.
+MORE = {
+    "cae-paper": ["--cae.mask", "block", "--cae.drop-path", "0.1"], "simmim-paper": ["--simmim.drop-path", "0.1"],
+    "cmae-conv": ["--stem", "conv", "--patch-size", "8", "--image-size", "32"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [*available(), *MORE])
+def test_losses_of_two_ranks_are_those_of_one(images, server, tmp_path, case):
     """fp32, from the first step to the last; 20 steps are 5 epochs here, and ICMAE finds new boxes in four of them."""
     # Without labels nothing is evaluated: this is about training.
-    common = ["train", "--method", method, "--data", str(images / "train"), *TINY, "--steps", str(STEPS)]
+    method, flags = case.partition("-")[0], MORE.get(case, [])
+    common = ["train", "--method", method, "--data", str(images / "train"), *TINY, *flags, "--steps", str(STEPS)]
     curves = []
     for world in (1, 2):
         out = tmp_path / f"ranks-{world}"
