@@ -305,6 +305,20 @@ class TrainConfig:
         if self.resume not in (None, "latest", "auto") and not self.resume.isdigit():
             raise ConfigError(f"--resume: expected nothing, a step number or auto, got {self.resume!r}")
 
+    def check_groups(self, world: int, multiple: int) -> None:
+        """Raises ConfigError where a micro-batch is not made of whole groups.
+
+        Args:
+            world: number of processes; the batch size is one that `check` accepts for it.
+            multiple: the method's `batch_multiple`.
+        """
+        each = world * self.accumulate * multiple
+        if self.batch_size % each:
+            raise ConfigError(
+                f"--batch-size: expected a multiple of {each} (processes x --accumulate x {multiple}, the images of a "
+                f"group of {self.method}), got {self.batch_size}; take {max(1, self.batch_size // each) * each}"
+            )
+
 
 def count_kept(total: int, mask_ratio: float, name: str = "mask_ratio") -> int:
     """Number of units that stay visible: floor(total x (1 - mask_ratio)), in exact arithmetic.

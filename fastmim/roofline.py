@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from fastmim.engine.base import state_bytes as engine_bytes
 from fastmim.flops import peak_flops
+from fastmim.memory import StepMemory
+from fastmim.methods.base import Method
 
 # Measured on one H200: products of 8192^3 in bf16 at 769 to 798 of 989 TFLOP/s, copies at 4.3 of 4.8 TB/s. Taken for
 # the other GPUs and for fp32, too.
@@ -26,6 +28,8 @@ FORWARD_SHARE = 1 / 3
 # AdamW with fp32 weights: reads weight, gradient and two moments, writes three; the average of a target: two reads and a
 # write.
 OPTIMIZER_BYTES, AVERAGE_BYTES = 28, 12
+# DeepSpeed keeps parameters below stage3_param_persistence_threshold on every rank.
+PERSISTENT = 100_000
 # NCCL's bus bandwidth as a share of the links' (own assumption), and what one collective takes at least, per doubling of
 # the number of processes (own assumption: 21 us over 8 GPUs).
 NETWORK_SHARE, COLLECTIVE_SECONDS = 0.8, 7e-6
@@ -146,6 +150,26 @@ class Load(NamedTuple):
     low_precision: bool = True
     recomputed: float = 0.0
     """Bytes of `saved` that are not kept but computed again."""
+
+
+def load_of(
+    method: Method,
+    flops: float,
+    micro_batch: int,
+    accumulate: int = 1,
+    step: StepMemory | None = None,
+    *,
+    low_precision: bool = True,
+) -> Load:
+    """One process's work; the method may be on the meta device. Without a traced step, products alone take time."""
+    trained = [p.numel() for p in method.parameters() if p.requires_grad]
+    frozen = sum(p.numel() for p in method.parameters()) - sum(trained)
+    own = (module.parameters(recurse=False) for module in method.modules())
+    gathers = sum(any(p.numel() > PERSISTENT for p in parameters) for parameters in own)
+    saved, ops = (step.saved, step.ops) if step else (0, 0)
+    return Load(
+        sum(trained), frozen, micro_batch, accumulate, flops, saved, ops, len(trained), gathers, low_precision
+    )  # fmt: skip
 
 
 # ---- communication

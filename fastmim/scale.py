@@ -7,8 +7,8 @@ import torch
 from fastmim.arguments import parse_train
 from fastmim.flops import training_flops
 from fastmim.methods import base as methods
-from fastmim.plan import CONTEXT_BYTES, GIB, USABLE, load_of
-from fastmim.roofline import MACHINES, MATMUL_SHARE, STAGES, Cluster, Load, state_bytes, step_time, traffic
+from fastmim.plan import CONTEXT_BYTES, GIB, USABLE
+from fastmim.roofline import MACHINES, MATMUL_SHARE, STAGES, Cluster, Load, load_of, state_bytes, step_time, traffic
 
 MODELS = (("ViT-L/16", "vit_large", 16), ("ViT-H/14", "vit_huge", 14), ("ViT-g/14", "vit_giant", 14))
 GPUS = (8, 64, 512)

@@ -90,7 +90,7 @@ class Session:
             )
         if plan.mixes_images and config.accumulate > 1:
             self._say_contrast(plan)
-        self._check_groups(plan)
+        self.config.check_groups(dist.launched_world(), plan.batch_multiple)
         formula = getattr(methods.find(config.method), "flops", None)
         self.flops = training_flops(config.method, self.model, config.options, formula)
         if self.flops is not None:
@@ -116,15 +116,6 @@ class Session:
         batch_size = autobatch.resolve(found._replace(images=int(images)), world, config.accumulate)
         self.say(f"batch     {batch_size}, the largest that fits ({found.how})")
         return dataclasses.replace(config, batch_size=batch_size)
-
-    def _check_groups(self, plan: methods.Method) -> None:
-        c = self.config
-        each = dist.launched_world() * c.accumulate * plan.batch_multiple
-        if self._micro_batch() % plan.batch_multiple:
-            raise ConfigError(
-                f"--batch-size: expected a multiple of {each} (processes x --accumulate x {plan.batch_multiple}, the "
-                f"images of a group of {c.method}), got {c.batch_size}; take {max(1, c.batch_size // each) * each}"
-            )
 
     def _micro_batch(self) -> int:
         return self.config.batch_size // (dist.launched_world() * self.config.accumulate)
