@@ -14,9 +14,13 @@ constexpr int64_t SLICE = 1024;       // rows at a time
 constexpr int64_t STRIP = 512;        // outputs at a time: a slice of their gradients then takes 1 MB, and
 constexpr int64_t GROUP = 512 << 10;  // bytes of x that they meet before the next: both fit the level 2 cache
 
-// 32 columns of x from row r on, as zeros outside the matrix.
+// 32 columns of a row of x, as zeros outside the matrix. Asks for those of the next but one block: a row is a page of its own
+// for the CPU, which does not see that its columns follow.
 inline __m512i columns(const bfloat16* x, int64_t rows, int64_t width, int64_t r, int64_t j) {
-  return r < rows ? _mm512_maskz_loadu_epi16(first32(width - j), x + r * width + j) : _mm512_setzero_si512();
+  if (r >= rows) return _mm512_setzero_si512();
+  const bfloat16* here = x + r * width + j;
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(here) + 2 * BLOCK * sizeof(*x)), _MM_HINT_T0);
+  return _mm512_maskz_loadu_epi16(first32(width - j), here);
 }
 
 // (32 / 2, 32, 2) from 32 rows and 32 columns of x.
@@ -26,33 +30,19 @@ void pack_panel(const bfloat16* x, int64_t rows, int64_t width, int64_t start, i
     zip(columns(x, rows, width, start + r, j), columns(x, rows, width, start + r + 1, j), out + r * BLOCK);
 }
 
-inline __m512 low_floats(__m512i x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(x)), 16));
-}
-inline __m512 high_floats(__m512i x) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(x, 1)), 16));
-}
-
-// The transpose of 32 rows and 32 columns of the gradient as two tiles of (16 outputs, 32 rows); sums += the columns'.
+// The same of the gradient, and laid out as the left factor; sums += the columns'.
 void pack_strip(const bfloat16* grad, int64_t rows, int64_t width, int64_t start, int64_t j, bfloat16* out, float* sums) {
-  const Zip zip;
+  pack_panel(grad, rows, width, start, j, out);
+  // A product with ones adds the two of a pair.
+  const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3F80));
   __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + HALF);
-  alignas(64) uint32_t words[HALF][BLOCK];
-  for (int64_t i = 0; i < HALF; ++i) {
-    const __m512i even = columns(grad, rows, width, start + PAIR * i, j),
-                  odd = columns(grad, rows, width, start + PAIR * i + 1, j);
-    low = _mm512_add_ps(low, _mm512_add_ps(low_floats(even), low_floats(odd)));
-    high = _mm512_add_ps(high, _mm512_add_ps(high_floats(even), high_floats(odd)));
-    zip(even, odd, words[i]);
-  }
-  for (int64_t half = 0; half < 2; ++half) {
-    __m512i v[HALF];
-    for (int64_t i = 0; i < HALF; ++i) v[i] = _mm512_load_si512(words[i] + half * HALF);
-    transpose16(v);
-    for (int64_t i = 0; i < HALF; ++i) _mm512_storeu_si512(out + (half * HALF + i) * BLOCK, v[i]);
+  for (int64_t r = 0; r < BLOCK; r += PAIR) {
+    low = _mm512_dpbf16_ps(low, reinterpret_cast<__m512bh>(_mm512_loadu_si512(out + r * BLOCK)), ones);
+    high = _mm512_dpbf16_ps(high, reinterpret_cast<__m512bh>(_mm512_loadu_si512(out + (r + 1) * BLOCK)), ones);
   }
   _mm512_store_ps(sums, low);
   _mm512_store_ps(sums + HALF, high);
+  as_left(out);
 }
 
 // (height, width) of the gradient = sums (32, 32), or += sums.

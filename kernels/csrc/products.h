@@ -19,6 +19,61 @@ constexpr int64_t PAIR = 2;    // values of one column that lie side by side in 
 
 inline int64_t blocks_up(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 
+// The rows of a product whose sums fit the vector registers, 32 columns of them.
+constexpr int64_t ROWS = 8;
+
+struct Sums {
+  __m512 left[ROWS], right[ROWS];
+};
+
+// sums (8, 32) += a (8, k) b (k, 32), k even. word(r, p): the values p and p + 1 of row r of a; pairs of rows of b lie b_pair
+// values apart.
+template <class Word>
+__attribute__((always_inline)) inline void add_product(Sums& sums, Word&& word, const bfloat16* b, int64_t b_pair, int64_t k) {
+  for (int64_t p = 0; p < k; p += PAIR, b += b_pair) {
+    const auto left = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)),
+               right = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + BLOCK));
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < ROWS; ++r) {
+      const auto both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(word(r, p)));
+      sums.left[r] = _mm512_dpbf16_ps(sums.left[r], both, left);
+      sums.right[r] = _mm512_dpbf16_ps(sums.right[r], both, right);
+    }
+  }
+}
+
+// Two values that lie side by side.
+inline int32_t word_at(const bfloat16* x) {
+  int32_t word;
+  std::memcpy(&word, x, sizeof(word));
+  return word;
+}
+
+// Transposes 16 vectors of 16 words in place.
+inline void transpose16(__m512i (&v)[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
+      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
+    }
+  }
+  // v[4 g + c] now holds, in its four lanes, column c, c + 4, c + 8, c + 12 of the rows 4 g .. 4 g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i a = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), b = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
+    const __m512i e = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xDD), f = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xDD);
+    t[c] = _mm512_shuffle_i32x4(a, b, 0x88);
+    t[8 + c] = _mm512_shuffle_i32x4(a, b, 0xDD);
+    t[4 + c] = _mm512_shuffle_i32x4(e, f, 0x88);
+    t[12 + c] = _mm512_shuffle_i32x4(e, f, 0xDD);
+  }
+  for (int i = 0; i < 16; ++i) v[i] = t[i];
+}
+
 }  // namespace fastmim
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__linux__)
@@ -74,31 +129,6 @@ inline void pair_rows(const bfloat16* x, int64_t rows, int64_t width, bfloat16* 
     for (int64_t j = 0; j < width; j += BLOCK)
       zip(_mm512_loadu_si512(x + r * width + j), _mm512_loadu_si512(x + (r + 1) * width + j),
           out + (r / 2 * width + j) * PAIR);
-}
-
-// Transposes 16 vectors of 16 words in place.
-inline void transpose16(__m512i (&v)[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    for (int j = 0; j < 2; ++j) {
-      v[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + j + 2]);
-      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + j + 2]);
-    }
-  }
-  // v[4 g + c] now holds, in its four lanes, column c, c + 4, c + 8, c + 12 of the rows 4 g .. 4 g + 3.
-  for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), b = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
-    const __m512i e = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xDD), f = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xDD);
-    t[c] = _mm512_shuffle_i32x4(a, b, 0x88);
-    t[8 + c] = _mm512_shuffle_i32x4(a, b, 0xDD);
-    t[4 + c] = _mm512_shuffle_i32x4(e, f, 0x88);
-    t[12 + c] = _mm512_shuffle_i32x4(e, f, 0xDD);
-  }
-  for (int i = 0; i < 16; ++i) v[i] = t[i];
 }
 
 // (rows, columns) words -> (columns, rows); both multiples of 16.

@@ -81,6 +81,18 @@ inline void short_product(const bfloat16* a, int64_t a_stride, const bfloat16* b
   }
 }
 
+// (32 / 2, 32, 2) -> two tiles (16, 32) of its transpose, in place: the left factor of `accumulate`.
+inline void as_left(bfloat16* x) {
+  alignas(64) uint32_t words[HALF][BLOCK];
+  std::memcpy(words, x, sizeof(words));
+  for (int64_t half = 0; half < 2; ++half) {
+    __m512i v[HALF];
+    for (int64_t i = 0; i < HALF; ++i) v[i] = _mm512_load_si512(words[i] + half * HALF);
+    transpose16(v);
+    for (int64_t i = 0; i < HALF; ++i) _mm512_storeu_si512(x + (half * HALF + i) * BLOCK, v[i]);
+  }
+}
+
 // c (32, 32), `stride` floats apart, = or += strip (32, depth) times panel (depth, 32); see pack_strip and pack_panel. The sums
 // stay in tiles: storing them takes as long as a fifth of a product of depth 800. Meanwhile it asks for the lines of the block
 // at `next`, a few per step: they lie in other pages each, and asked for at once they hold up the loads of the tiles. An

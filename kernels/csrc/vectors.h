@@ -10,37 +10,22 @@ struct Multiplier {
   Multiplier() {}
 };
 
-// The rows of a block whose sums fit the registers, two vectors each.
-constexpr int64_t ROWS = 8;
-
-// c (8, 32) = or += a (8, k) b (k, 32); k a multiple of 32. Rows of a lie a_row values apart, every 32 values of a row a_step;
-// pairs of rows of b lie b_pair values apart, rows of c c_row floats.
-inline void rows_product(const bfloat16* a, int64_t a_row, int64_t a_step, const bfloat16* b, int64_t b_pair, int64_t k,
+// c (8, 32) = or += a (8, k) b (k, 32); k even. Rows of a lie a_row values apart, pairs of a row a_pair; pairs of rows of b lie
+// b_pair values apart, rows of c c_row floats.
+inline void rows_product(const bfloat16* a, int64_t a_row, int64_t a_pair, const bfloat16* b, int64_t b_pair, int64_t k,
                          bool is_first, float* c, int64_t c_row) {
-  __m512 left[ROWS], right[ROWS];
+  Sums sums;
 #pragma GCC unroll 8
   for (int64_t r = 0; r < ROWS; ++r) {
-    left[r] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * c_row);
-    right[r] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * c_row + HALF);
+    sums.left[r] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * c_row);
+    sums.right[r] = is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(c + r * c_row + HALF);
   }
-  for (int64_t p = 0; p < k; p += BLOCK, a += a_step) {
-    for (int64_t t = 0; t < BLOCK; t += PAIR, b += b_pair) {
-      const auto first = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b)),
-                 second = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + BLOCK));
-#pragma GCC unroll 8
-      for (int64_t r = 0; r < ROWS; ++r) {
-        int32_t pair;
-        std::memcpy(&pair, a + r * a_row + t, sizeof(pair));
-        const auto both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
-        left[r] = _mm512_dpbf16_ps(left[r], both, first);
-        right[r] = _mm512_dpbf16_ps(right[r], both, second);
-      }
-    }
-  }
+  const int64_t step = a_pair / PAIR;
+  add_product(sums, [&](int64_t r, int64_t p) { return word_at(a + r * a_row + p * step); }, b, b_pair, k);
 #pragma GCC unroll 8
   for (int64_t r = 0; r < ROWS; ++r) {
-    _mm512_storeu_ps(c + r * c_row, left[r]);
-    _mm512_storeu_ps(c + r * c_row + HALF, right[r]);
+    _mm512_storeu_ps(c + r * c_row, sums.left[r]);
+    _mm512_storeu_ps(c + r * c_row + HALF, sums.right[r]);
   }
 }
 
@@ -49,13 +34,16 @@ inline void product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int6
                     float* c, int64_t c_stride) {
   for (int64_t j = 0; j < n; j += BLOCK)
     for (int64_t i = 0; i < m; i += ROWS)
-      rows_product(a + i * a_stride, a_stride, BLOCK, b + j * PAIR, b_columns * PAIR, k, true, c + i * c_stride + j, c_stride);
+      rows_product(a + i * a_stride, a_stride, PAIR, b + j * PAIR, b_columns * PAIR, k, true, c + i * c_stride + j, c_stride);
 }
 
 // c (16, n) = a (16, k) b (k, n); n, k multiples of 32. b in pairs of rows, as in `product`.
 inline void short_product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int64_t n, int64_t k, float* c) {
   product(a, a_stride, b, n, HALF, n, k, c, n);
 }
+
+// The left factor of `accumulate` is laid out as the right one: any word of it can be had for all lanes.
+inline void as_left(bfloat16*) {}
 
 // c (32, 32), `stride` floats apart, = or += strip (32, depth) times panel (depth, 32); see pack_strip and pack_panel. Asks for
 // the lines of the block at `next`, an address, as it may lie outside.
@@ -66,7 +54,7 @@ inline void accumulate(const bfloat16* strip, const bfloat16* panel, int64_t dep
       __builtin_prefetch(reinterpret_cast<const void*>(next), 1);
       __builtin_prefetch(reinterpret_cast<const void*>(next + 64), 1);
     }
-    rows_product(strip + i * BLOCK, BLOCK, BLOCK * BLOCK, panel, BLOCK * PAIR, depth, is_first, c + i * stride, stride);
+    rows_product(strip + i * PAIR, PAIR, BLOCK * PAIR, panel, BLOCK * PAIR, depth, is_first, c + i * stride, stride);
   }
 }
 

@@ -34,12 +34,14 @@ def candidates() -> list[pathlib.Path]:
     """Where the library may lie, best first."""
     capability = torch.backends.cpu.get_cpu_capability().lower()
     has_products = capability == "avx512" and torch.cpu._is_avx512_bf16_supported()
-    # The second asks the system, which may deny tiles to a process on a CPU that has them.
-    has_tiles = has_products and torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
-    names = dict.fromkeys(
-        f"_native_{c}.so" for c in ["amx"] * has_tiles + ["bf16"] * has_products + [capability, "default"]
-    )
+    kinds = ["amx"] * (has_products and has_tiles()) + ["bf16"] * has_products + [capability, "default"]
+    names = dict.fromkeys(f"_native_{kind}.so" for kind in kinds)
     return [pathlib.Path(folder) / name for name in names for folder in sys.modules[__package__].__path__]
+
+
+def has_tiles() -> bool:
+    """Whether matrix tiles (AMX) are there, and the system, which may deny them, gives them to this process."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 def sources_digest(folder: pathlib.Path) -> str:

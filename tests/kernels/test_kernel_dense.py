@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fastmim_kernels import bias_gelu, dispatch, gelu_linear, linear
+from fastmim_kernels import bias_gelu, dense, dispatch, gelu_linear, linear
 from fastmim_kernels.dense import rounded_weights
 from torch.nn import functional as F
 
@@ -41,6 +41,23 @@ def test_result_and_gradients_agree_with_products_in_float64(backend, size):
     expected = (grad.double() @ weight.double(), grad.double().T @ x.double(), grad.double().sum(0))
     for ours, slow in zip(gradients(linear, x, weight, bias, grad), expected):
         assert error(ours, slow) <= 4e-3
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="no native kernel")
+@pytest.mark.parametrize("is_own", [True, False])
+@pytest.mark.parametrize("function", [linear, gelu_linear])
+def test_products_of_ours_and_of_torch_agree_with_float64(monkeypatch, function, is_own):
+    """A CPU takes the faster of the two: ours by vectors, torch's on tiles."""
+    monkeypatch.setenv(dispatch.VARIABLE, "native")
+    monkeypatch.setattr(dense, "HAS_OWN_PRODUCTS", is_own)
+    x, weight, bias, grad = tensors(301, 37, 70)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    before = F.gelu(exact[0]) if function is gelu_linear else exact[0]
+    result = F.linear(before, *exact[1:])
+    result.backward(grad.double())
+    assert error(function(x, weight, bias), result.detach()) <= 4e-3
+    for ours, slow in zip(gradients(function, x, weight, bias, grad), exact):
+        assert error(ours, slow.grad) <= 6e-3
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -108,9 +125,11 @@ def test_any_number_of_threads_gives_the_same_bits(backend):
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             results.append(gradients(linear, *tensors(1500, 100, 260)))
+            # torch does not promise it for its products, which tiles take.
+            results[-1][0] = linear(*tensors(1500, 100, 260)[:3]) if dense.HAS_OWN_PRODUCTS else torch.zeros(())
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result[1:], results[0][1:]))
+    assert all(torch.equal(a, b) for result in results[1:] for a, b in zip(result, results[0], strict=True))
 
 
 @pytest.mark.parametrize(

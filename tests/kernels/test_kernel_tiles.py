@@ -11,7 +11,7 @@ import torch
 from fastmim_kernels import dispatch, native_library
 
 OPS = ("dense", "qkv", "topk")
-SOURCES = ("activation", "attention", "linear", "threads", "topk")
+SOURCES = ("activation", "attention", "linear", "linear_product", "threads", "topk")
 FOLDER = pathlib.Path(__file__).resolve().parents[2] / "kernels" / "csrc"
 HEADER = pathlib.Path(__file__).with_name("emulated_tiles.h")
 FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprfchw", "-mavx512bf16")
