@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from fastmim.config import SIZES, ModelSpec, count_kept
 from fastmim.conv import STAGE_BLOCKS, stage_widths
+from fastmim.tokenizer import is_function
 
 # Passes of a training step over a part: forward, gradient of its weights, gradient of its input. The first layer's
 # input, pixels, needs none; targets go forward alone.
@@ -206,7 +207,10 @@ def cae(model: ModelSpec, o: Any) -> list[Term]:
         *encoder(model, masked, "target encoder", FROZEN),
         Term("target bridge", masked * bridge, FROZEN),
     ]
-    return terms if is_pixel or o.tokens else [*terms, Term("tokenizer", dalle_encoder(model), FROZEN)]
+    # What a tokenizer of the user's own costs is not known: it counts as nothing.
+    if is_pixel or o.tokens or is_function(o.tokenizer):
+        return terms
+    return [*terms, Term("tokenizer", dalle_encoder(model), FROZEN)]
 
 
 def dalle_encoder(model: ModelSpec) -> float:

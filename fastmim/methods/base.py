@@ -159,6 +159,9 @@ def build(name: str, model: ModelSpec, options: Any, seed: int) -> Method:
         ConfigError: an option is out of range.
     """
     check_finite(f"--{name}", options)
+    low, high = getattr(options, "crop_scale", (1.0, 1.0))
+    if not 0 < low <= high <= 1:
+        raise ConfigError(f"--{name}.crop-scale: expected 0 < low <= high <= 1, got {low:g} {high:g}")
     torch.manual_seed(seed)
     return find(name).METHOD(model, options)
 

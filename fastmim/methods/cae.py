@@ -5,8 +5,9 @@ shall equal what the encoder makes of these patches; a decoder, from the predict
 Facts and defaults: github.com/Atten4Vis/CAE (files named below); [PD] is PaddlePaddle/PASSL, the authors' first code.
 
 The tokens are those of DALL-E's discrete VAE: `--cae.tokenizer encoder.pkl`. Without it the decoder predicts pixels.
-Any other tokenizer is an nn.Module as `fastmim.tokenizer.Tokenizer` describes it, given in Python:
-`CAE(model, Config(), tokenizer=module)`. `--cae.tokens` reads ids that were recorded (fastmim/tokenizer/recorded.py).
+Any other tokenizer is an nn.Module as `fastmim.tokenizer.Tokenizer` describes it: `--cae.tokenizer package.module:function`
+names what makes it, and in Python `CAE(model, Config(), tokenizer=module)` takes it. `--cae.tokens` reads ids that were
+recorded (fastmim/tokenizer/recorded.py).
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from fastmim.masking import BlockPolicy, MaskPlan, RandomPolicy
 from fastmim.methods.base import Method, Preset, StepOutput
 from fastmim.recompute import called
 from fastmim.targets import PixelTarget, Reconstruction
-from fastmim.tokenizer import PUBLISHED, RecordedTarget, Tokenizer, TokenTarget, load_dalle
+from fastmim.tokenizer import PUBLISHED, RecordedTarget, Tokenizer, TokenTarget, load_tokenizer
 from fastmim.views import random_flip
 from fastmim.vit import Encoder, sincos_position
 
@@ -37,9 +38,10 @@ class Config:
     """Options of CAE. Source, unless said otherwise: tools/run_pretraining.py with scripts/cae_base_300e.sh."""
 
     target: Literal["auto", "dvae", "pixel"] = "auto"
-    """What the decoder predicts. auto: d-VAE tokens if there is a tokenizer or a recording, else pixels."""
-    tokenizer: Path | None = None
-    """The d-VAE encoder: OpenAI's encoder.pkl, or the same weights as a state dict or .safetensors."""
+    """What the decoder predicts. auto: tokens if there is a tokenizer or a recording, else pixels."""
+    tokenizer: str | None = None
+    """The d-VAE encoder: OpenAI's encoder.pkl, or the same weights as a state dict or .safetensors. Or
+    package.module:function, which is called without arguments and gives a tokenizer of your own."""
     tokens: Path | None = None
     """Folder of recorded token ids, in place of computing them. The tokenizer is then only compared with it, if given."""
     mask: Literal["block", "random"] = "block"
@@ -60,6 +62,8 @@ class Config:
     """Of regressor and decoder; none: the encoder's. Source: 12 for vit_base; 16 is meant for vit_large."""
     layer_scale: float | None = None
     """Start of the factors of all residual branches; none: 0.1, and 1e-5 from vit_large on. Source: scripts."""
+    decoder_layer_scale: float | None = None
+    """Start of those of regressor and decoder; none: as the encoder's. Source: 0.1 at any size, as the flag is never read."""
     drop_path: float = 0.1
     """Largest rate of stochastic depth: it grows linearly from 0 over the blocks of each network."""
     align_weight: float = 2.0
@@ -227,6 +231,8 @@ class CAE(Method):
             raise ConfigError(f"cae drop_path: expected 0 <= rate < 1, got {config.drop_path}")
         scale = config.layer_scale if config.layer_scale is not None else (1e-5 if is_large else 0.1)
         check_range("--cae.layer-scale", scale, 0)
+        inner = config.decoder_layer_scale if config.decoder_layer_scale is not None else scale
+        check_range("--cae.decoder-layer-scale", inner, 0)
         check_range("--cae.align-weight", config.align_weight, 0)
         values = model.patch_values if self.tokens is None else self.tokens.vocabulary
         self.encoder = Encoder(model, position="row", layer_scale=scale, key_bias=False)
@@ -234,8 +240,8 @@ class CAE(Method):
         self.bridge = (
             nn.Identity() if same else nn.Sequential(nn.Linear(size.width, width), nn.LayerNorm(width, eps=NORM_EPS))
         )
-        self.regressor = Regressor(model, width, heads, config.regressor_depth, scale)
-        self.decoder = LatentDecoder(model, width, heads, config.decoder_depth, scale, values)
+        self.regressor = Regressor(model, width, heads, config.regressor_depth, inner)
+        self.decoder = LatentDecoder(model, width, heads, config.decoder_depth, inner, values)
         self.depths = (size.depth, size.depth, config.regressor_depth, config.decoder_depth)
         for network in (self.encoder, self.regressor, self.decoder):
             initialize(network)
@@ -248,12 +254,7 @@ class CAE(Method):
         if c.target == "pixel":
             return None
         if tokenizer is None and c.tokenizer is not None:
-            tokenizer = load_dalle(c.tokenizer)
-            if tokenizer.channels != self.model.in_chans:
-                raise ConfigError(
-                    f"--in-chans: expected {tokenizer.channels}, which the tokenizer {c.tokenizer} takes, got "
-                    f"{self.model.in_chans}; or use --cae.target pixel"
-                )
+            tokenizer = load_tokenizer(str(c.tokenizer), self.model)
         if c.tokens is not None:
             return RecordedTarget(c.tokens, self.model, tokenizer)
         if tokenizer is not None:

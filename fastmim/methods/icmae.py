@@ -137,6 +137,7 @@ class ICMAE(Method):
         self._add_contrast(config)
 
     def _set_crops(self, config: Config) -> None:
+        check_range("--icmae.crop-alpha", config.crop_alpha, 0, 1, low_included=False)
         has_boxes = config.crop != "random"
         # Views that the online networks see.
         self.online_views = 2 if config.second_view == "full" else 1

@@ -30,6 +30,11 @@ class Tokenizer(Protocol):
         ...
 
 
+def image_size(network: Tokenizer, model: ModelSpec) -> tuple[int, int]:
+    """(height, width) of the images that give a token per patch of the model."""
+    return model.grid[0] * network.stride, model.grid[1] * network.stride
+
+
 class TokenTarget:
     """Token ids from a second crop of the batch, which has the model's crop's box and flip.
 
@@ -45,7 +50,7 @@ class TokenTarget:
     def __init__(self, network: Tokenizer, model: ModelSpec, crop: int = 1):
         self.network, self.crop = network.eval(), crop
         self.vocabulary = network.vocabulary
-        self.size = (model.grid[0] * network.stride, model.grid[1] * network.stride)
+        self.size = image_size(network, model)
         self.device = torch.device("cpu")
 
     def crops(self, scale: tuple[float, float]) -> tuple[CropSpec, ...]:

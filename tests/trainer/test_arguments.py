@@ -103,6 +103,7 @@ FROZEN_OPTIONS = {
         "--cae.crop-scale",
         "--cae.decoder-depth",
         "--cae.decoder-heads",
+        "--cae.decoder-layer-scale",
         "--cae.decoder-width",
         "--cae.drop-path",
         "--cae.init",

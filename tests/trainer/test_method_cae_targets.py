@@ -1,6 +1,7 @@
 """CAE's masks, crops and tokens."""
 
 import math
+import sys
 
 import fastmim_kernels as fk
 import pytest
@@ -10,6 +11,7 @@ from slow_cae import Brightness, build, make_batch
 from slow_reference import cut_view, draw_flips, make_rng, model_spec
 
 from fastmim.config import ConfigError
+from fastmim.flops import training_flops
 from fastmim.methods import cae
 from fastmim.tokenizer import DalleEncoder, RecordedTarget, record_tokens
 
@@ -178,6 +180,77 @@ def test_cae_refuses_a_tokenizer_of_other_channels_and_a_missing_one(small, tmp_
     with pytest.raises(ConfigError, match=r"tokenizer: expected the file .*, got none there; download https"):
         build(tokenizer_file=tmp_path / "none.pkl")
     assert build(tokenizer_file=tmp_path / "none.pkl", target="pixel").tokens is None
+
+
+OWN = """
+import torch
+
+class Steps(torch.nn.Module):
+    def __init__(self, stride=3, vocabulary=7, shape=None):
+        super().__init__()
+        self.stride, self.vocabulary, self.shape = stride, vocabulary, shape
+        self.weight = torch.nn.Parameter(torch.rand(5))
+
+    def forward(self, images, ids=None):
+        squares = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), self.stride).flatten(1)
+        tokens = (squares * 6.99).long()
+        return (tokens if ids is None else tokens.gather(1, ids)).reshape(self.shape or (len(images), -1))
+
+flat = lambda: Steps(shape=(-1,))
+few = lambda: Steps(vocabulary=3)
+fractional = lambda: Steps(stride=1.5)
+broken = lambda: 1 / 0
+images_only = lambda: torch.nn.Identity()
+"""
+
+
+@pytest.fixture
+def own_tokenizers(tmp_path, monkeypatch):
+    (tmp_path / "own_tokenizers.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    # The working directory is added by the code.
+    monkeypatch.setattr("sys.path", list(sys.path))
+    yield
+    sys.modules.pop("own_tokenizers", None)
+
+
+def test_cae_takes_a_tokenizer_by_the_name_of_the_function_that_makes_it(small, own_tokenizers):
+    method = build(tokenizer_file="own_tokenizers:Steps")
+    assert method.decoder.head.out_features == 7 and method.crops[1].size == (12, 18)
+    batch, rng = make_batch(method, 6), make_rng()
+    # What the function draws shifts no random number of the method's own weights.
+    given = build(tokenizer=sys.modules["own_tokenizers"].Steps())
+    assert torch.equal(method(batch, rng).loss, given(batch, rng).loss)
+    assert type(method.tokens.network).__name__ == "Steps" and not method.tokens.network.training
+    assert training_flops("cae", method.model, method.config).terms[-1].name == "target bridge"
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [("flat", r"ids \(1, 2\) torch.int64 of two patches of an image, got \(2,\) torch.int64"),
+     ("few", r"expected ids in 0 .. 2, got 3 .. 3"),
+     ("fractional", r"`stride` is a positive integer, got Steps with 1.5"),
+     ("images_only", r"`vocabulary` is a positive integer, got Identity with None"),
+     ("broken", "expected a function that makes a tokenizer: ZeroDivisionError: division by zero"),
+     ("missing", "expected a function that makes a tokenizer: AttributeError")],
+)  # fmt: skip
+def test_cae_says_what_is_wrong_with_a_tokenizer_of_the_user(small, own_tokenizers, name, message):
+    with pytest.raises(ConfigError, match=f"--cae.tokenizer own_tokenizers:{name}: .*{message}"):
+        build(tokenizer_file=f"own_tokenizers:{name}")
+
+
+def test_cae_names_the_module_of_a_tokenizer_that_is_not_there(small):
+    with pytest.raises(ConfigError, match=r"--cae.tokenizer no_such_module:make: .* No module named 'no_such_module'"):
+        build(tokenizer_file="no_such_module:make")
+
+
+def test_cae_starts_regressor_and_decoder_at_a_layer_scale_of_their_own(small):
+    method = build(layer_scale=1e-5, decoder_layer_scale=0.1)
+    factors = {n: p for n, p in cae.CAE(method.model, method.config).named_parameters() if "gamma" in n}
+    assert {n.split(".")[0] for n in factors} == {"encoder", "regressor", "decoder"}
+    for name, factor in factors.items():
+        expected = 1e-5 if name.startswith("encoder") else 0.1
+        assert torch.equal(factor, torch.full_like(factor, expected)), name
 
 
 def test_cae_refuses_a_decoder_width_that_its_heads_do_not_divide(small):

@@ -260,8 +260,8 @@ def test_cae_paper_preset_is_the_published_recipe():
     assert config.peak_lr * config.lr_end == pytest.approx(1e-5, rel=1e-12)
     options = dict(
         target="auto", tokenizer=None, tokens=None, mask="block", mask_ratio=0.5, norm_pix=True, crop_scale=(0.08, 1.0),
-        regressor_depth=4, decoder_depth=4, decoder_width=None, decoder_heads=None, layer_scale=None, drop_path=0.1, align_weight=2.0,
-        init="auto",
+        regressor_depth=4, decoder_depth=4, decoder_width=None, decoder_heads=None, layer_scale=None, decoder_layer_scale=None,
+        drop_path=0.1, align_weight=2.0, init="auto",
     )  # fmt: skip
     assert dataclasses.asdict(preset.options) == options
     assert preset.models["vit_large"] == dict(epochs=1600.0, warmup="40ep")
