@@ -162,10 +162,10 @@ def measure(
 
 
 def other_batch(ours: Facts) -> int:
-    """A second batch, from which `fastmim plan` learns what of a step does not grow with the batch: a quarter, if that can
-    be, else twice as many images."""
+    """A second batch, from which `fastmim plan` learns what of a step does not grow with the batch: a quarter of a
+    micro-batch, if that can be, else twice as many images."""
     group = max(2, ours.batch_multiple)
-    quarter = ours.batch_size // 4 // group * group
+    quarter = ours.batch_size // ours.parts // 4 // group * group
     return quarter or 2 * ours.batch_size
 
 

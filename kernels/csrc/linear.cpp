@@ -1,7 +1,7 @@
-// Gradients of the weight and the bias of a linear layer, on matrix tiles (AMX).
+// Gradients of the weight and the bias of a linear layer.
 //
 // torch's product for the weight, grad^T x, reads both factors against their grain and gives bfloat16, which is then
-// widened. Here a slice of rows of both is laid out for the tiles, and the sums stay float32. Slices follow each other in
+// widened. Here a slice of rows of both is laid out for the instructions, and the sums stay float32. Slices follow each other in
 // order and each sum belongs to one thread, so the result does not depend on the number of threads.
 #include "products.h"
 

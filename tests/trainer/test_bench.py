@@ -104,6 +104,15 @@ def test_ways_agree_are_counted_and_missing_ones_are_said(step, tmp_path, capsys
     assert [json.loads(line)["suite"] for line in path.read_text().splitlines()] == [r["suite"] for r in found]
 
 
+@pytest.mark.parametrize(
+    "batch, parts, multiple, other", [(32, 2, 1, 4), (64, 4, 1, 4), (16, 1, 4, 4), (64, 1, 1, 16), (6, 1, 1, 12)]
+)
+def test_the_second_batch_has_micro_batches_of_another_size(step, batch, parts, multiple, other):
+    """Or its time would say nothing of what a micro-batch takes whatever its size."""
+    facts = step.Facts([], 0.0, None, parts, batch, multiple)
+    assert step.other_batch(facts) == other != batch // parts
+
+
 def test_a_package_with_other_names_is_missing_not_wrong(step, monkeypatch):
     """Weights that cannot be mapped: no speed, and the reason; ours is measured all the same."""
 
