@@ -75,15 +75,16 @@ def test_icmae_second_view_s_jittered_pixels_are_its_target(small, spied_views):
 
 @pytest.mark.parametrize("mode", ["default", "sd_dec", "pos_drop", "sd_mse", "second_key"])
 def test_icmae_losses_in_bf16_are_near(small, mode):
+    """With 16 images: the contrast of five is near 0, and 0.03 of it off for some seeds, in plain torch as well."""
     method = build(color=NO_COLOR, **MODES[mode])
-    batch, rng = make_batch(method), make_rng()
+    batch, rng = make_batch(method, 16), make_rng()
     with torch.autocast("cpu", torch.bfloat16):
         output = method(batch, rng)
     assert output.loss.dtype == torch.float32
     slow = slow_parts(method, doubles(method), batch, rng)
     assert set(output.parts) == {name for name in TERMS if name in slow}
     for name, part in output.parts.items():
-        assert part.item() == pytest.approx(slow[name].item(), rel=2e-2), name
+        assert part.item() == pytest.approx(slow[name].item(), rel=1e-2), name
     output.loss.backward()
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
