@@ -28,7 +28,9 @@ def load_dalle(path: Path) -> DalleEncoder:
     """
     path = Path(path)
     if not path.is_file():
-        raise ConfigError(f"tokenizer: expected the file {path}, got none there; download {PUBLISHED}")
+        raise ConfigError(
+            f"tokenizer: expected the file {path}, got none there; download {PUBLISHED}, or give package.module:function"
+        )
     # Under an outer `with torch.device("meta")`, too: the weights are read, and so checked, before a run starts.
     with torch.device("cpu"):
         if path.suffix == ".safetensors":
