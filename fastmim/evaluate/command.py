@@ -79,7 +79,10 @@ def knn(argv: list[str]) -> None:
 
 
 def linear(argv: list[str]) -> None:
-    """Accuracy of logistic regression on standardized features; its weight decay is chosen on training images."""
+    """Accuracy of logistic regression on standardized features; its weight decay is chosen on training images.
+
+    For comparing encoders with each other: papers probe otherwise, and their figures are not comparable.
+    """
     evaluation = parsed(Evaluation, "fastmim linear", argv, description=linear.__doc__)
     probe, images = evaluation.run(measure_linear)
     print(f"linear probe top-1: {100 * probe.top1:.2f} % {images}, weight decay {probe.weight_decay:g}")

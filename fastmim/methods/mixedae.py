@@ -5,9 +5,10 @@ reconstruct across images, every patch has to recognize those of its own image (
 that it rates highest, a contrastive loss on the patch features secures that choice, and a segment embedding tells the
 images of a mixture apart.
 
-The authors published no code. Facts without a mark are in the abstract and the introduction. What else a choice rests
-on is said at each option: "recalled" is a number remembered from the paper and not verified, "own" is our choice where
-no source says anything. All the rest is MAE (arXiv 2111.06377, github.com/facebookresearch/mae).
+The authors published no code. The abstract and the introduction say that patches are mixed and recognized, and at what cost;
+that top-K attention, contrast and segments do it is from summaries of the paper by others, not verified. What else a choice
+rests on is said at each option: "recalled" is a number remembered from the paper and not verified, "own" is our choice where no
+source says anything. All the rest is MAE (arXiv 2111.06377, github.com/facebookresearch/mae).
 """
 
 from collections.abc import Sequence
@@ -37,11 +38,11 @@ class Config:
     """Options of MixedAE. "recalled": remembered from the paper, not verified. "own": no source says anything."""
 
     members: int = 4
-    """Images of a mixture; each shows 1 / members of its patches. Own: with 4, a step costs what MAE's does, as the
+    """Images of a mixture; each shows 1 / members of its patches. Own: with 4, a step has the FLOPs of MAE's, as the
     paper's 3 % more implies, and 3/4 of each image are hidden as in MAE."""
     mode: Literal["compose", "full"] = "compose"
     """One mixture per group of images, or as many as members, in which every patch of every image is used once. Own;
-    the names are the paper's."""
+    the names are those of summaries of the paper."""
     homologous: Literal["topk", "oracle", "none"] = "topk"
     """Keys of a patch: those it rates highest, those of its own image (an upper bound that needs the labels), or all
     (naive mixing)."""
@@ -52,7 +53,8 @@ class Config:
     cls_mode: Literal["shared", "per_image", "none"] = "shared"
     """shared: one class token per mixture, which sees all patches, is a key of all, and goes to each image's decoder;
     per_image: one per image, which carries its segment vector, sees itself and as many patches as a patch does, is a key of
-    all patches, and goes to its own decoder alone; none: it stays by itself, so that images meet in no token. Own."""
+    all patches, and goes to its own decoder alone; none: it stays by itself, so that images meet in no token, and learns nothing, though the patches of the exported encoder see
+    it. Own."""
     use_segments: bool = True
     """Add a learned vector per member to its patches before the first block. Own: its start, N(0, 0.02^2)."""
     contrast_weight: float = 0.1

@@ -142,8 +142,9 @@ class SimMIM(Method):
         return StepOutput(loss, {"pixel": loss.detach()})
 
     def no_decay(self, name: str, parameter: Tensor) -> bool:
-        # Source: models/simmim.py `no_weight_decay`; the table of relative positions is decayed.
-        return name.endswith(("cls_token", "mask_token")) or super().no_decay(name, parameter)
+        # Source: models/vision_transformer.py `no_weight_decay`: the mask token, which the Swin variant spares, and the table
+        # of relative positions are decayed.
+        return name.endswith("cls_token") or super().no_decay(name, parameter)
 
     def reconstruct(self, images: Tensor, ids: Tensor, rng: Tensor) -> Reconstruction:
         plan = self.mask(rng, ids)
@@ -152,8 +153,8 @@ class SimMIM(Method):
 
 METHOD = SimMIM
 PRESETS = {
-    # simmim_pretrain__vit_base__img224__800ep.yaml: 16 x 128 images, 1e-4 x batch / 512 (main_simmim.py), warm-up from
-    # 5e-7 x batch / 512, a tenth of the rate from epoch 700 on.
+    # simmim_pretrain__vit_base__img224__800ep.yaml: 1e-4 x batch / 512 (main_simmim.py), warm-up from 5e-7 x batch / 512, a
+    # tenth of the rate from epoch 700 on. 16 x 128 images: the README's example (of Swin-B) and config.py's 128.
     "paper": Preset(
         dict(
             model="vit_base", image_size=224, patch_size=16, batch_size=2048, epochs=800.0, base_lr=5e-5,
