@@ -135,6 +135,16 @@ def update_steps(shares: Iterable[float], total: int, steps_per_epoch: int) -> l
     return sorted(step for step in steps if 0 < step < total)
 
 
+def write_boxes(folder: Path, boxes: np.ndarray) -> None:
+    save_file({"boxes": boxes}, folder / BOXES_FILE)
+
+
+def read_boxes(folder: Path) -> np.ndarray | None:
+    """What `write_boxes` wrote; None where it did not."""
+    path = folder / BOXES_FILE
+    return load_file(path)["boxes"] if path.exists() else None
+
+
 class HeatBoxes:
     """Gives a loader the method's first box for all images, and at some epoch starts new ones from heat maps.
 
@@ -167,6 +177,8 @@ class HeatBoxes:
         self.steps = update_steps(method.box_updates, total, loader.steps_per_epoch)
         self.found: np.ndarray | None = None
         self.area: float | None = None
+        self.given: np.ndarray | None = None
+        """What the loader has."""
         self.is_given = False
 
     def prepare(self, step: int) -> None:
@@ -178,6 +190,7 @@ class HeatBoxes:
             if boxes is None and self.method.first_box is not None:
                 boxes = np.tile(np.float32(self.method.first_box), (self.count, 1))
             self.loader.set_boxes(boxes)
+            self.given = boxes
             self.area = None if boxes is None else area(torch.from_numpy(boxes)).mean().item()
             self.is_given = True
 
@@ -196,14 +209,13 @@ class HeatBoxes:
     def save(self, folder: Path) -> None:
         """Writes the boxes from heat maps, if there are any yet."""
         if self.found is not None:
-            save_file({"boxes": self.found}, folder / BOXES_FILE)
+            write_boxes(folder, self.found)
 
     def load(self, folder: Path) -> None:
         """Reads what `save` wrote, on rank 0: the others need not see the folder. Collective."""
         self.is_given, path, device = False, folder / BOXES_FILE, self.engine.device
-        found = torch.empty(0, 4)
-        if is_main() and path.exists():
-            found = torch.from_numpy(load_file(path)["boxes"])
+        stored = read_boxes(folder) if is_main() else None
+        found = torch.empty(0, 4) if stored is None else torch.from_numpy(stored)
         count = int(broadcast(torch.tensor(len(found), device=device)))
         if count not in (0, self.count):
             raise ConfigError(

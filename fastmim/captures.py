@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastmim import checkpoint, dist
+from fastmim.boxes import write_boxes
 from fastmim.dist import is_main
 from fastmim.engine.base import MODEL_FILE, Engine
 from fastmim.saving import HostCopy
@@ -23,10 +25,12 @@ class Taken(NamedTuple):
     losses: list[Tensor]
     """Of each micro-batch."""
     grad_norm: Tensor
+    boxes: np.ndarray | None = None
+    """Of all images, as the loader had them."""
 
 
 def keep(root: Path, taken: Taken, engine: Engine, meta: dict[str, Any], say: Callable[[str], None]) -> Path:
-    """Writes the weights that the step started from, its place in the data, and what came out. Collective.
+    """Writes the weights that the step started from, its place in the data, its boxes, and what came out. Collective.
 
     Args:
         root: folder of captures.
@@ -47,6 +51,8 @@ def keep(root: Path, taken: Taken, engine: Engine, meta: dict[str, Any], say: Ca
         try:
             temporary = checkpoint.prepare(root)
             hashes = {MODEL_FILE: checkpoint.write_tensors(temporary / MODEL_FILE, copy.files[MODEL_FILE])}
+            if taken.boxes is not None:
+                write_boxes(temporary, taken.boxes)
             checkpoint.commit(temporary, root, taken.step, meta, CAPTURES_KEPT, hashes)
         except OSError as e:
             say(f"warning   no capture was kept: {e}")

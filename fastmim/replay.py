@@ -1,7 +1,7 @@
 """`fastmim replay CAPTURE`: takes a step that was skipped again, and shows where it stops being finite.
 
-A capture is a folder in the run's captures/: the weights before the step, and in its manifest the place in the data and
-what came out. The step is taken in one process; its images and masks are those of the run's, whatever its processes were.
+A capture is a folder in the run's captures/: the weights before the step, the boxes that its crops were drawn around, and in
+its manifest the place in the data and what came out. The step is taken in one process; its images and masks are those of the run's, whatever its processes were.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmim import checkpoint, float8
 from fastmim.arguments import parse_plain
+from fastmim.boxes import read_boxes
 from fastmim.config import ConfigError
 from fastmim.contrast import Rest, join
 from fastmim.engine.base import MODEL_FILE, Precise
@@ -85,6 +86,9 @@ def run(capture: Path, meta: dict[str, Any]) -> Replayed:
     precise = Precise(method.to(device), device.type, config.precision)
     loader, _ = session.loader()
     try:
+        boxes = read_boxes(capture)
+        if boxes is not None:
+            loader.set_boxes(boxes)
         batch = next(iter(loader.epoch(*divmod(step, meta["steps_per_epoch"]))))
     finally:
         loader.close()

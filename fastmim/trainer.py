@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from fastmim_pipelines.spec import Batch, Loader
 from torch import Tensor
@@ -41,6 +42,9 @@ class Periodic(NamedTuple):
 
 class Boxes(Protocol):
     """What decides where crops are cut. It has a state, which is part of a checkpoint."""
+
+    given: np.ndarray | None
+    """What the loader has: (N, 4), see `Loader.set_boxes`."""
 
     def prepare(self, step: int) -> None:
         """Called on every rank before the batch of step `step` is asked for."""
@@ -303,7 +307,8 @@ class Trainer:
         momentum = self.method.momentum(self.step / self.total)
         outputs, info = (self._take if self.static is None else self._take_static)(batch, rng, lr, momentum)
         self.skips.note(self.step, info.applied)
-        self.taken = Taken(self.step, batch.ids, [out.loss for out in outputs], info.grad_norm)
+        boxes = None if self.boxes is None else self.boxes.given
+        self.taken = Taken(self.step, batch.ids, [out.loss for out in outputs], info.grad_norm, boxes)
         for out in outputs:
             meter.add(loss=out.loss, **{f"loss/{name}": value for name, value in out.parts.items()}, **out.measures)
         meter.add(grad_norm=info.grad_norm, skipped=~info.applied)

@@ -296,7 +296,7 @@ class _CropDataset(Dataset):
 
         def boxes_of(slot: int, width: int, height: int) -> list[tuple[int, int, int, int]]:
             sample_id = sample_ids[slot]
-            around = None if self.boxes is None else tuple(self.boxes[sample_id].tolist())
+            around = None if self.boxes is None else tuple(self.boxes[chosen[slot]].tolist())
             boxes: dict[int, tuple[int, int, int, int]] = {}
             for crop in self.crops:
                 if crop.view not in boxes:

@@ -1,6 +1,8 @@
 """Crops centered inside boxes: the sampling against a second implementation, and loaders that never mix old and new."""
 
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from fastmim_pipelines.evaluation import EvalReader
 from fastmim_pipelines.folder import FolderLoader
 from fastmim_pipelines.index import FolderIndex
-from fastmim_pipelines.sampling import beta_quantile, crop_box
+from fastmim_pipelines.sampling import beta_quantile, crop_box, substitute
 from fastmim_pipelines.spec import Batch, CropSpec, Loader, check_boxes, check_crops
 from fastmim_pipelines.synthetic import SyntheticLoader
 from hypothesis import assume, given, settings
@@ -256,6 +258,23 @@ def test_folder_pixels_are_of_the_crop_around_the_sample_s_box(demo_set, loader_
             left, top, w, h = crop_box(5, 3, sample_id, spec.view, *image.size, SCALE, RATIO, around, spec.alpha)
             expected = image.resize(spec.size[::-1], Image.Resampling.BICUBIC, (left, top, left + w, top + h))
             assert np.array_equal(crop[slot].numpy(), np.asarray(expected).transpose(2, 0, 1))
+
+
+def test_an_image_in_place_of_a_bad_one_is_cut_around_its_own_box(demo_set, loader_of, tmp_path):
+    data = tmp_path / "train"
+    shutil.copytree(demo_set / "train", data)
+    index, boxes, bad = FolderIndex(data), random_boxes(60), 17
+    Path(index.path(bad)).write_bytes(b"no image")
+    loader = loader_of(data, seed=5, on_bad_image="skip")
+    loader.set_boxes(boxes)
+    (batch,) = [batch for batch in take(loader, 3) if bad in batch.ids]
+    chosen = substitute(5, 3, bad, 0, 60)
+    image, slot = Image.open(index.path(chosen)).convert("RGB"), batch.ids.tolist().index(bad)
+    for crop, spec in zip(batch.crops, CROPS):
+        around = tuple(map(float, boxes[chosen])) if spec.uses_boxes else None
+        left, top, w, h = crop_box(5, 3, bad, spec.view, *image.size, SCALE, RATIO, around, spec.alpha)
+        expected = image.resize(spec.size[::-1], Image.Resampling.BICUBIC, (left, top, left + w, top + h))
+        assert np.array_equal(crop[slot].numpy(), np.asarray(expected).transpose(2, 0, 1))
 
 
 def test_folder_without_boxes_cuts_plain_crops(loader_of):

@@ -4,6 +4,7 @@
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,6 +134,19 @@ def test_a_run_that_dies_within_an_update_goes_on_bit_equal(images, straight, tm
     assert not checkpoint(out, 9).exists()
     run(images, out, *extra, "--resume")
     assert not differences(out, straight)
+
+
+@pytest.mark.parametrize("step", [2, 3, 6], ids=["before", "skipped just before", "after"])
+def test_a_skipped_step_is_replayed_with_its_boxes(images, server, tmp_path, step):
+    """The loss says so, to the last digit: it is that of these crops alone. (Step 3's is kept after the update at step 4.)"""
+    flags = ("--skip-budget", "0", "--save-every", "16")
+    argv = ["train", *arguments(images, tmp_path / "run", *flags)]
+    said = server.run(argv, code=5, FASTMIM_FAULT=f"step:backward:nan@{step + 1}")
+    capture = Path(re.search(r"`fastmim replay (.+?)`", said)[1])
+    assert capture.name.endswith(str(step)) and (capture / boxes.BOXES_FILE).exists()
+    assert (boxes.area(torch.from_numpy(boxes.read_boxes(capture))).mean().item() == 0.25) == (step < 4)
+    (loss,) = json.loads((capture / "manifest.json").read_text())["manifest"]["meta"]["losses"]
+    assert f"loss      {loss}; in the run {loss}" in server.run(["replay", str(capture)], code=1)
 
 
 def test_random_crops_need_no_boxes(images, tmp_path):
