@@ -253,7 +253,7 @@ def test_cae_paper_preset_is_the_published_recipe():
     config = dataclasses.replace(TrainConfig(method="cae"), **preset.train)
     expected = dict(
         model="vit_base", image_size=224, patch_size=16, batch_size=2048, epochs=300.0, betas=(0.9, 0.999),
-        weight_decay=0.05, warmup="10ep", warmup_start=0.0, clip=3.0, lr=None,
+        weight_decay=0.05, warmup="10ep", warmup_start=0.0, clip=3.0, lr=None, schedule="cosine",
     )  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.peak_lr == pytest.approx(1.5e-3, rel=1e-12)

@@ -335,6 +335,7 @@ def test_mae_paper_preset_is_the_published_recipe():
     expected = dict(
         model="vit_base", image_size=224, patch_size=16, batch_size=4096, epochs=800.0, betas=(0.9, 0.95),
         weight_decay=0.05, warmup="40ep", warmup_start=0.0, clip=None, base_lr=1.5e-4, lr=None,
+        lr_end=0.0, schedule="cosine",
     )  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     assert config.peak_lr == pytest.approx(2.4e-3, rel=1e-12)

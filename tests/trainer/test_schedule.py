@@ -25,7 +25,10 @@ def of_preset(module, step):
     config = dataclasses.replace(TrainConfig(), **module.PRESETS["paper"].train)
     total = config.total_steps(STEPS_PER_EPOCH)
     warmup = Duration.parse(config.warmup).steps(STEPS_PER_EPOCH)
-    return learning_rate(step, total=total, warmup=warmup, peak=config.peak_lr, warmup_start=config.warmup_start)
+    return learning_rate(
+        step, total=total, warmup=warmup, peak=config.peak_lr, warmup_start=config.warmup_start, end=config.lr_end,
+        schedule=config.schedule,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("module, epochs, start", [(mae, 800, 0.0), (cmae, 300, 1e-4)], ids=["mae", "cmae"])
