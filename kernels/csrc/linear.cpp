@@ -14,31 +14,16 @@ constexpr int64_t SLICE = 1024;       // rows at a time
 constexpr int64_t STRIP = 512;        // outputs at a time: a slice of their gradients then takes 1 MB, and
 constexpr int64_t GROUP = 512 << 10;  // bytes of x that they meet before the next: both fit the level 2 cache
 
-// 32 columns of a row of x, as zeros outside the matrix. Asks for those of the next but one block: a row is a page of its own
-// for the CPU, which does not see that its columns follow.
-inline __m512i columns(const bfloat16* x, int64_t rows, int64_t width, int64_t r, int64_t j) {
-  if (r >= rows) return _mm512_setzero_si512();
-  const bfloat16* here = x + r * width + j;
-  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(here) + 2 * BLOCK * sizeof(*x)), _MM_HINT_T0);
-  return _mm512_maskz_loadu_epi16(first32(width - j), here);
-}
-
-// (32 / 2, 32, 2) from 32 rows and 32 columns of x.
-void pack_panel(const bfloat16* x, int64_t rows, int64_t width, int64_t start, int64_t j, bfloat16* out) {
-  const Zip zip;
-  for (int64_t r = 0; r < BLOCK; r += PAIR)
-    zip(columns(x, rows, width, start + r, j), columns(x, rows, width, start + r + 1, j), out + r * BLOCK);
-}
-
-// The same of the gradient, and laid out as the left factor; sums += the columns'.
-void pack_strip(const bfloat16* grad, int64_t rows, int64_t width, int64_t start, int64_t j, bfloat16* out, float* sums) {
-  pack_panel(grad, rows, width, start, j, out);
+// 32 rows and 32 columns of the gradient, laid out as the left factor; sums += the columns'.
+void pack_strip(const Zip& zip, const bfloat16* grad, int64_t rows, int64_t width, int64_t r, int64_t j, bfloat16* out,
+                float* sums) {
+  pack_block(zip, grad, rows, width, r, j, out);
   // A product with ones adds the two of a pair.
   const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3F80));
   __m512 low = _mm512_load_ps(sums), high = _mm512_load_ps(sums + HALF);
-  for (int64_t r = 0; r < BLOCK; r += PAIR) {
-    low = _mm512_dpbf16_ps(low, reinterpret_cast<__m512bh>(_mm512_loadu_si512(out + r * BLOCK)), ones);
-    high = _mm512_dpbf16_ps(high, reinterpret_cast<__m512bh>(_mm512_loadu_si512(out + (r + 1) * BLOCK)), ones);
+  for (int64_t i = 0; i < BLOCK; i += PAIR) {
+    low = _mm512_dpbf16_ps(low, reinterpret_cast<__m512bh>(_mm512_loadu_si512(out + i * BLOCK)), ones);
+    high = _mm512_dpbf16_ps(high, reinterpret_cast<__m512bh>(_mm512_loadu_si512(out + (i + 1) * BLOCK)), ones);
   }
   _mm512_store_ps(sums, low);
   _mm512_store_ps(sums + HALF, high);
@@ -86,22 +71,20 @@ static Status linear_gradients(const void* grad, const void* x, int64_t rows, in
   std::fill_n(column_sums.at(0), lefts * BLOCK, 0.0f);
   for (int64_t start = 0; start < rows; start += slice) {
     const int64_t depth = blocks_up(std::min(slice, rows - start));
-    // By rows, as both lie in memory: a column of blocks would touch a page per row.
     parallel_for(panels, 1, threads, [&](int64_t begin, int64_t end, int64_t) {
-      for (int64_t r = 0; r < depth; r += BLOCK)
-        for (int64_t p = begin; p < end; ++p)
-          pack_panel(in, rows, inputs, start + r, p * BLOCK, all_panels + p * BLOCK * depth + r * BLOCK);
+      pack_panels(in, rows, inputs, start, depth, begin, end, all_panels);
     });
     const int64_t group = std::max<int64_t>(1, GROUP / (BLOCK * depth * int64_t{sizeof(bfloat16)}));
     parallel_for(strips, 1, workers, [&](int64_t begin, int64_t end, int64_t worker) {
       const Multiplier multiplier;
+      const Zip zip;
       bfloat16* lefts_here = all_strips + worker * strip * slice;
       alignas(64) float sums[BLOCK * BLOCK];
       for (int64_t s = begin; s < end; ++s) {
         const int64_t first = s * strip, last = std::min(outputs, first + strip);
         for (int64_t r = 0; r < depth; r += BLOCK)
           for (int64_t j = first; j < last; j += BLOCK)
-            pack_strip(g, rows, outputs, start + r, j, lefts_here + (j - first) * depth + r * BLOCK, column_sums.at(j));
+            pack_strip(zip, g, rows, outputs, start + r, j, lefts_here + (j - first) * depth + r * BLOCK, column_sums.at(j));
         for (int64_t p = 0; p < panels; p += group) {
           const int64_t inner = p * BLOCK, outer = std::min(inputs, (p + group) * BLOCK);
           // Along the rows of the gradient, as it lies in memory.

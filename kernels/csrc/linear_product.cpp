@@ -12,27 +12,16 @@ namespace {
 
 constexpr int64_t KEPT = 256 << 10;  // bytes of the left factor at a time; a panel and its results need the rest of level 2
 
-// (depth / 2, 32, 2): columns j .. j + 31 of x (depth, columns), as zeros outside.
-void pack_columns(const bfloat16* x, int64_t depth, int64_t columns, int64_t j, bfloat16* out) {
-  const Zip zip;
-  const __mmask32 mask = first32(columns - j);
-  const auto row = [&](int64_t p) {
-    return p < depth ? _mm512_maskz_loadu_epi16(mask, x + p * columns + j) : _mm512_setzero_si512();
-  };
-  for (int64_t p = 0; p < depth; p += PAIR, out += PAIR * BLOCK) zip(row(p), row(p + 1), out);
-}
-
-// The same of the transpose of x (columns, depth).
+// (depth / 2, 32, 2): columns j .. j + 31 of the transpose of x (columns, depth), as zeros outside.
 void pack_rows(const bfloat16* x, int64_t depth, int64_t columns, int64_t j, bfloat16* out) {
   for (int64_t p = 0; p < depth; p += BLOCK) {
     const __mmask32 mask = first32(depth - p);
-    const int64_t pairs = std::min(HALF, (depth - p + 1) / PAIR);
     for (int64_t half = 0; half < BLOCK; half += HALF) {
       __m512i v[HALF];
       for (int64_t i = 0; i < HALF; ++i)
         v[i] = j + half + i < columns ? _mm512_maskz_loadu_epi16(mask, x + (j + half + i) * depth + p) : _mm512_setzero_si512();
       transpose16(v);
-      for (int64_t i = 0; i < pairs; ++i) _mm512_storeu_si512(out + (p + i * PAIR) * BLOCK + half * PAIR, v[i]);
+      for (int64_t i = 0; i < HALF; ++i) _mm512_storeu_si512(out + (p + i * PAIR) * BLOCK + half * PAIR, v[i]);
     }
   }
 }
@@ -79,12 +68,13 @@ static Status linear_product(const void* left, const void* weight, int64_t is_tr
   const auto *x = static_cast<const bfloat16*>(left), *w = static_cast<const bfloat16*>(weight);
   auto* y = static_cast<bfloat16*>(out);
   expect_writes(out, rows * columns * static_cast<int64_t>(sizeof(bfloat16)));
-  const int64_t panels = blocks_up(columns) / BLOCK, size = (depth + 1) / PAIR * PAIR * BLOCK;
+  const int64_t panels = blocks_up(columns) / BLOCK, padded = blocks_up(depth);
   const int64_t kept = std::max<int64_t>(1, KEPT / (ROWS * depth * static_cast<int64_t>(sizeof(bfloat16)))) * ROWS;
-  Floats packed(panels * size / 2);
+  Floats packed(panels * BLOCK * padded / 2);
   auto* all = reinterpret_cast<bfloat16*>(packed.at(0));
   parallel_for(panels, 1, threads, [&](int64_t begin, int64_t end, int64_t) {
-    for (int64_t p = begin; p < end; ++p) (is_transpose ? pack_rows : pack_columns)(w, depth, columns, p * BLOCK, all + p * size);
+    if (!is_transpose) return pack_panels(w, depth, columns, 0, padded, begin, end, all);
+    for (int64_t p = begin; p < end; ++p) pack_rows(w, depth, columns, p * BLOCK, all + p * BLOCK * padded);
   });
   parallel_for((rows + ROWS - 1) / ROWS, 1, threads, [&](int64_t begin, int64_t end, int64_t) {
     for (int64_t first = begin * ROWS, last; first < std::min(rows, end * ROWS); first = last) {
@@ -92,7 +82,7 @@ static Status linear_product(const void* left, const void* weight, int64_t is_tr
       for (int64_t p = 0; p < panels; ++p) {
         const int64_t j = p * BLOCK;
         for (int64_t r = first; r < last; r += ROWS)
-          put_block(x + r * depth, std::min(ROWS, last - r), all + p * size, depth, bias ? bias + j : nullptr,
+          put_block(x + r * depth, std::min(ROWS, last - r), all + p * BLOCK * padded, depth, bias ? bias + j : nullptr,
                     std::min(BLOCK, columns - j), y + r * columns + j, columns);
       }
     }

@@ -122,6 +122,31 @@ class Zip {
   __m512i low_, high_;
 };
 
+// 32 columns of a row of x (rows, width), as zeros outside. Asks for those of the next but one block: a row is a page of its own
+// for the CPU, which does not see that its columns follow.
+inline __m512i columns(const bfloat16* x, int64_t rows, int64_t width, int64_t r, int64_t j) {
+  if (r >= rows) return _mm512_setzero_si512();
+  const bfloat16* here = x + r * width + j;
+  _mm_prefetch(reinterpret_cast<const char*>(reinterpret_cast<uintptr_t>(here) + 2 * BLOCK * sizeof(*x)), _MM_HINT_T0);
+  return _mm512_maskz_loadu_epi16(first32(width - j), here);
+}
+
+// (32 / 2, 32, 2): 32 rows and 32 columns of x (rows, width) from r and j on, as zeros outside.
+inline void pack_block(const Zip& zip, const bfloat16* x, int64_t rows, int64_t width, int64_t r, int64_t j, bfloat16* out) {
+  for (int64_t i = 0; i < BLOCK; i += PAIR)
+    zip(columns(x, rows, width, r + i, j), columns(x, rows, width, r + i + 1, j), out + i * BLOCK);
+}
+
+// Panels `begin` to `end` of 32 columns of x (rows, width), `depth` rows from `start` on: each is (depth / 2, 32, 2), the right
+// factor of a product; depth a multiple of 32. By rows, as x lies in memory: a column of blocks would touch a page per row.
+inline void pack_panels(const bfloat16* x, int64_t rows, int64_t width, int64_t start, int64_t depth, int64_t begin, int64_t end,
+                        bfloat16* out) {
+  const Zip zip;
+  for (int64_t r = 0; r < depth; r += BLOCK)
+    for (int64_t p = begin; p < end; ++p)
+      pack_block(zip, x, rows, width, start + r, p * BLOCK, out + (p * depth + r) * BLOCK);
+}
+
 // (rows, width) -> (rows / 2, width, 2): what the right factor of a product looks like.
 inline void pair_rows(const bfloat16* x, int64_t rows, int64_t width, bfloat16* out) {
   const Zip zip;

@@ -93,7 +93,7 @@ inline void as_left(bfloat16* x) {
   }
 }
 
-// c (32, 32), `stride` floats apart, = or += strip (32, depth) times panel (depth, 32); see pack_strip and pack_panel. The sums
+// c (32, 32), `stride` floats apart, = or += strip (32, depth) times panel (depth, 32); see pack_strip and pack_panels. The sums
 // stay in tiles: storing them takes as long as a fifth of a product of depth 800. Meanwhile it asks for the lines of the block
 // at `next`, a few per step: they lie in other pages each, and asked for at once they hold up the loads of the tiles. An
 // address, as it may lie outside.

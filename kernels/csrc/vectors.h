@@ -45,7 +45,7 @@ inline void short_product(const bfloat16* a, int64_t a_stride, const bfloat16* b
 // The left factor of `accumulate` is laid out as the right one: any word of it can be had for all lanes.
 inline void as_left(bfloat16*) {}
 
-// c (32, 32), `stride` floats apart, = or += strip (32, depth) times panel (depth, 32); see pack_strip and pack_panel. Asks for
+// c (32, 32), `stride` floats apart, = or += strip (32, depth) times panel (depth, 32); see pack_strip and pack_panels. Asks for
 // the lines of the block at `next`, an address, as it may lie outside.
 inline void accumulate(const bfloat16* strip, const bfloat16* panel, int64_t depth, bool is_first, float* c, int64_t stride,
                        uintptr_t next) {
