@@ -66,8 +66,8 @@ class Config:
     norm_pix: bool = True
     """Normalize the target per patch. Own: MAE's better setting."""
     diagnostics: bool = False
-    """Also measure, per block, the share of the patches' attention that stays within their image, and how rightly keys would
-    be chosen without segments, which costs a pass of the encoder without gradient. Own."""
+    """Also measure the accuracy of top-K by head and, per block, the share of the patches' attention that stays within their
+    image, and how rightly keys would be chosen without segments, which costs a pass of the encoder without gradient. Own."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Area of the random crop. Source: MAE, main_pretrain.py; no color jitter (introduction)."""
     decoder_width: int = 512
@@ -160,6 +160,9 @@ class MixedAE(Method):
         measures = self._accuracy("topk_accuracy", hits)
         if config.diagnostics:
             measures |= {f"own_attention/{i:02d}": share for i, share in enumerate(shares)}
+            for i, h in zip(self.layers, hits):
+                heads = (h.float().mean((0, 2)) / self.topk).unbind()
+                measures |= {f"topk_accuracy_of_head/{i:02d}.{j:02d}": accuracy for j, accuracy in enumerate(heads)}
             measures |= self._accuracy("topk_accuracy_without_segments", self._unaided_hits(images, src, flip))
         return StepOutput(loss, parts, measures)
 

@@ -200,6 +200,9 @@ def slow_terms(method, weights, batch, rng):
             _, _, unaided = slow_encode(method, weights, own, row, kinds, topk, has_segments=False)
             for i in range(depth):
                 seen.setdefault(f"topk_accuracy/{i:02d}", []).extend(layers[i]["right"])
+                for h in range(SMALL[2]):
+                    right = layers[i]["right"][h * patches : (h + 1) * patches]
+                    seen.setdefault(f"topk_accuracy_of_head/{i:02d}.{h:02d}", []).extend(right)
                 seen.setdefault(f"own_attention/{i:02d}", []).extend(layers[i]["own"])
                 seen.setdefault(f"topk_accuracy_without_segments/{i:02d}", []).extend(unaided[i]["right"])
             for member in range(members):
@@ -215,6 +218,7 @@ def slow_terms(method, weights, batch, rng):
         contrasts.append(contrast / count)
     wanted = {f"topk_accuracy/{i:02d}" for i in range(depth) if kinds[i] == "topk"}
     if c.diagnostics:
+        wanted |= {f"topk_accuracy_of_head/{name[-2:]}.{h:02d}" for name in set(wanted) for h in range(SMALL[2])}
         wanted |= {f"own_attention/{i:02d}" for i in range(depth)}
         if c.use_segments:
             wanted |= {
