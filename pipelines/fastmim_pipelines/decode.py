@@ -23,6 +23,9 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+_BANDS = "write a gray page per band, or .npy files"
+_SAMPLES_PER_PIXEL = 277
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _READ_ATTEMPTS = 3
 _RETRY_SECONDS = 0.1  # doubles at each attempt: long enough for a busy network file system
@@ -219,10 +222,8 @@ def _read_span(span: FileSpan) -> bytes:
 
 
 def _from_image(source: Encoded, in_chans: int) -> Picture:
-    if isinstance(source, FileSpan) and source.width:
-        image = _raw_image(source)
-    else:
-        image = Image.open(io.BytesIO(read_bytes(source)), formats=_FORMATS)
+    is_raw = isinstance(source, FileSpan) and source.width
+    image = _raw_image(source) if is_raw else _open_image(read_bytes(source))
     _check_pixels(image.width, image.height)
     if in_chans > 1 and image.format == "TIFF" and image.is_animated:
         pages = _channel_pages(image, in_chans)
@@ -237,7 +238,27 @@ def _from_image(source: Encoded, in_chans: int) -> Picture:
     image.load()
     if image.mode.startswith(("I", "F")):
         image = _to_8_bits(image)
-    return Picture([image if image.mode == mode else image.convert(mode)])
+    if (
+        mode == "RGBA"
+        and image.format == "TIFF"
+        and image.mode == "RGB"
+        and image.tag_v2.get(_SAMPLES_PER_PIXEL, 3) > 3
+    ):
+        raise _Unusable(f"Pillow drops the fourth band of this TIFF file; {_BANDS}")
+    image = image if image.mode == mode else image.convert(mode)
+    # As one image, the fourth channel would be the weight of the others when it is resized.
+    return Picture(list(image.split()) if mode == "RGBA" else [image])
+
+
+def _open_image(data: bytes | bytearray | memoryview) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except Image.UnidentifiedImageError:
+        if bytes(data[:4]) in _TIFF_STARTS:
+            raise _Unusable(
+                f"a TIFF file that Pillow does not read, such as one of many bands in a page; {_BANDS}"
+            ) from None
+        raise
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -296,7 +317,8 @@ def _from_array(source: Encoded, in_chans: int) -> Picture:
     _check_pixels(array.shape[1], array.shape[0])
     planes = array[..., None] if array.ndim == 2 else array
     if planes.shape[2] != in_chans:
-        raise _Unusable(f"expected {in_chans} channels, got {planes.shape[2]}")
+        hint = ", the first axis having as many: arrays are (H, W, C)" if planes.shape[0] == in_chans else ""
+        raise _Unusable(f"expected {in_chans} channels, got {planes.shape[2]}{hint}")
     shift = 8 * (planes.dtype.itemsize - 1)  # the high byte, as of 16-bit image files
     return Picture([Image.fromarray((planes[..., c] >> shift).astype(np.uint8, order="C")) for c in range(in_chans)])
 

@@ -61,6 +61,44 @@ def test_decode_converts_modes_to_channels(tmp_path, mode, in_chans):
     assert np.array_equal(crop, expected.reshape(40, 60, in_chans).transpose(2, 0, 1))
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_a_fourth_channel_is_no_weight_of_the_others(tmp_path, kind):
+    """As one image, Pillow would resize red by how opaque it is."""
+    values = RNG.integers(0, 256, (40, 60, 4), dtype=np.uint8)
+    values[:, 30:, 3] = 0
+    np.save(tmp_path / "x.npy", values)
+    picture = read_picture(write(tmp_path, encoded(kind, Image.fromarray(values))), 4)
+    array = read_picture(str(tmp_path / "x.npy"), 4)
+    for box, size in (((3, 5, 50, 30), (16, 16)), ((20.5, 0, 39, 40), (50, 60))):
+        assert np.array_equal(picture.crop(box, size), array.crop(box, size))
+
+
+def test_decode_says_which_tiff_files_pillow_does_not_read_whole(tmp_path):
+    out = io.BytesIO()
+    Image.frombytes("RGBX", (4, 4), RNG.integers(0, 256, 64, dtype=np.uint8).tobytes()).save(out, "TIFF")
+    path, data = tmp_path / "x.tif", out.getvalue()
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="Pillow drops the fourth band of this TIFF file; write a gray page per band"):
+        read_picture(str(path), 4)
+    assert read_picture(str(path), 3).crop((0, 0, 4, 4), (4, 4)).shape == (3, 4, 4)
+    # Bands without a color, as geographic software writes them.
+    rgb, plain = (struct.pack("<HHIHH", 262, 3, 1, photometric, 0) for photometric in (2, 1))
+    assert data.count(rgb) == 1
+    path.write_bytes(data.replace(rgb, plain))
+    with pytest.raises(
+        DataError, match=r"a TIFF file that Pillow does not read, .* write a gray page per band, or \.npy"
+    ):
+        read_picture(str(path), 4)
+
+
+def test_decode_tells_arrays_with_the_channels_first(tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((5, 40, 60), np.uint8))
+    with pytest.raises(
+        DataError, match=r"expected 5 channels, got 60, the first axis having as many: arrays are \(H, W, C"
+    ):
+        read_picture(str(tmp_path / "x.npy"), 5)
+
+
 def test_decode_takes_the_high_byte_of_16_bits(tmp_path):
     values = RNG.integers(0, 65536, (40, 60), dtype=np.uint16)
     for kind in ("png", "tiff"):
