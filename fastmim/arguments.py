@@ -41,9 +41,7 @@ def parse_train(argv: list[str], shared: Callable[[list[str]], list[str]] = list
         layers.insert(0, _file_tokens(Path(file)))
     continued: list[str] = []
     if resume is not None:
-        run = (
-            Path(out) if out is not None else newest_run(_value(list(chain(*layers)), "--method") or TrainConfig.method)
-        )
+        run = Path(out) if out is not None else newest_run(_value(list(chain(*layers)), "--method"))
         if run is not None and (run / CONFIG_FILE).is_file():
             continued = [*_without(_file_tokens(run / CONFIG_FILE), "--resume"), "--out", str(run)]
     layers.insert(0, shared(continued))

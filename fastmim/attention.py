@@ -55,14 +55,17 @@ class Candidate(NamedTuple):
         compute: (B, M, heads, d) queries, (B, N, heads, d) keys and values -> (B, M, heads, d).
         devices: types of device that have it.
         package: what has to be installed for it besides torch.
+        cudnn: the least version of cuDNN that it needs, as torch tells it.
     """
 
     compute: Tokens
     devices: tuple[str, ...]
     package: str = ""
+    cudnn: int = 0
 
     def is_on(self, device: str) -> bool:
-        return device in self.devices and (not self.package or importlib.util.find_spec(self.package) is not None)
+        is_there = not self.package or importlib.util.find_spec(self.package) is not None
+        return device in self.devices and is_there and (torch.backends.cudnn.version() or 0) >= self.cudnn
 
 
 def _heads_first(compute: Tokens, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,7 +88,9 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # is 1.1 to 1.4 times as fast as flash at 500 to 2000 tokens (TransformerEngine's tables).
 CANDIDATES: dict[str, Candidate] = {
     "kernels": Candidate(functools.partial(_heads_first, by_head), ("cpu",)),
-    "cudnn": Candidate(functools.partial(_torch_with, SDPBackend.CUDNN_ATTENTION), ("cuda",)),
+    # Before 9.15.1 cuDNN's backward pass may write elsewhere where 128 does not divide the number of keys (pytorch issue 169849);
+    # torch's own choice then leaves it out, but not where it is named.
+    "cudnn": Candidate(functools.partial(_torch_with, SDPBackend.CUDNN_ATTENTION), ("cuda",), cudnn=91501),
     "flash": Candidate(functools.partial(_torch_with, SDPBackend.FLASH_ATTENTION), ("cuda", "cpu")),
     "efficient": Candidate(functools.partial(_torch_with, SDPBackend.EFFICIENT_ATTENTION), ("cuda",)),
     "xformers": Candidate(_xformers, ("cuda",), "xformers"),

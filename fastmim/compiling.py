@@ -6,6 +6,7 @@ import shutil
 from contextlib import AbstractContextManager
 
 import torch
+from fastmim_kernels import dispatch
 from torch import nn
 
 from fastmim.config import ConfigError
@@ -27,6 +28,9 @@ def compile_blocks(method: nn.Module, backend: str = "inductor") -> int:
     Each shape gets a graph of its own; a part that torch cannot trace is an error, never a silent graph break.
     """
     torch._dynamo.config.recompile_limit = max(MOST_GRAPHS, torch._dynamo.config.recompile_limit)
+    # Traced functions look them up, and may not load them.
+    for op in dispatch.ops():
+        dispatch.load(op, "reference")
     blocks = blocks_of(method)
     for block in blocks:
         block.compile(fullgraph=True, dynamic=False, backend=backend)

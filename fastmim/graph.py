@@ -125,7 +125,13 @@ class StaticStep:
         return rebuilt(numbers.clone(), outputs), info
 
     def release(self) -> None:
-        """Back to steps without it."""
+        """Back to steps without it.
+
+        Also before a process group is left: NCCL waits there until no graph has its operations any more (NVIDIA's notes on
+        CUDA graphs; pytorch issue 115388).
+        """
+        if self.graph is not None:
+            torch.cuda.synchronize(self.engine.device)
         self.graph = self.result = self.batch = None
         self.engine.discard()
 
@@ -155,7 +161,9 @@ class StaticStep:
                 result = self._run()
         except RuntimeError as e:
             self.engine.discard()
-            raise CaptureError(f"--graph: the step cannot be captured: {str(e).splitlines()[0]}") from e
+            # The end of a capture that failed raises, too: the reason is what was raised before.
+            reason = e.__context__ if isinstance(e.__context__, RuntimeError) else e
+            raise CaptureError(f"--graph: the step cannot be captured: {str(reason).splitlines()[0]}") from e
         self.graph, self.result = graph, result
         graph.replay()
         found = self._measured(result[1], result[2].grad_norm)

@@ -37,15 +37,17 @@ def new_run(method: str) -> Path:
             return path
 
 
-def newest_run(method: str) -> Path | None:
-    """The run of this method under runs/ that was started last.
+def newest_run(method: str | None) -> Path | None:
+    """The run under runs/ that was started last; with a method, the last of that one's.
 
     By the number that it gave itself: times are wrong after a clock was set, and in copied folders. A copy has the
     number of its original, and comes after it.
     """
-    runs = [p for p in RUNS.glob(f"{method}-*") if (p / CONFIG_FILE).is_file()]
+    runs = [p for p in RUNS.glob(f"{method or '*'}-*") if (p / CONFIG_FILE).is_file()]
     numbers = {run: _number(run) for run in runs}
-    return max(runs, key=lambda run: (numbers[run][0], numbers[run][1] == run.name, run.name), default=None)
+    return max(
+        runs, key=lambda run: (numbers[run][0], numbers[run][1] == run.name, run.name.partition("-")[2]), default=None
+    )
 
 
 def _number(run: Path) -> tuple[int, str]:

@@ -12,6 +12,7 @@ from fastmim_pipelines.spec import Loader
 from fastmim import attention, autobatch, compiling, dist, float8
 from fastmim.agreement import fingerprint
 from fastmim.boxes import HeatBoxes
+from fastmim.checkpoint import CheckpointError
 from fastmim.config import ConfigError, TrainConfig, to_plain
 from fastmim.device import default_precision, memory_bytes, pick_device
 from fastmim.engine import base as engines
@@ -66,6 +67,7 @@ class Session:
         self.graph = choose_graph(
             config.graph, self.device, self.choice.engine, config.precision, reads_host=self.reads_host
         )
+        self._check_resumable(config)
         config = with_folders(config)
         self.train_index = open_train(config, self.say)
         if config.batch_size == "auto":
@@ -100,6 +102,17 @@ class Session:
         for note in plan.notes:
             self.say(f"note      {note}")
         self.say(f"lr        {config.peak_lr:.3g} at batch {config.batch_size}")
+
+    @staticmethod
+    def _check_resumable(config: TrainConfig) -> None:
+        """Before any data are made or read; of a run that is there, `Trainer.resume` looks at the checkpoints."""
+        if config.resume in (None, "auto") or dist.launched_rank():
+            return
+        if config.out is None or not (config.out / "checkpoints").is_dir():
+            raise CheckpointError(
+                f"--resume: expected a run with checkpoints in {config.out or RUNS}, got none; check --out, or say --resume auto "
+                "to start anew where there is nothing yet"
+            )
 
     def _with_batch(self, config: TrainConfig, plan: methods.Method) -> TrainConfig:
         """The batch size that "auto" stands for: that of the run that goes on, or the largest that fits on every rank."""
@@ -189,6 +202,8 @@ class Session:
             loader.close()
             if directory is not None:
                 directory.close()
+        if trainer.static is not None:
+            trainer.static.release()
         # Not after an error: the other ranks might never come to the farewell.
         dist.finish()
         return finished

@@ -323,8 +323,8 @@ def test_bare_resume_finds_the_newest_run(tmp_path, monkeypatch):
         (tmp_path / "runs" / name).mkdir(parents=True)
         config = parse_train(["--method", name.partition("-")[0], "--seed", str(seed)])
         (tmp_path / "runs" / name / CONFIG_FILE).write_text(yaml.safe_dump(to_plain(config)))
-    assert parse_train(["--resume"]).seed == 2
-    assert parse_train(["--method", "mae", "--resume"]).seed == 3
+    assert parse_train(["--resume"]).seed == 3 and parse_train(["--resume"]).method == "mae"
+    assert parse_train(["--method", "cmae", "--resume"]).seed == 2
 
 
 def test_the_newest_run_is_the_last_that_was_started_whatever_clocks_and_copies_say(tmp_path, monkeypatch):

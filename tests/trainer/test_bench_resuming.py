@@ -94,8 +94,33 @@ def test_a_wrong_kernel_fails_the_check(bench, tmp_path, monkeypatch):
     kernels = bench("gpu_kernels")
     if not kernels.has_ours("gather"):
         pytest.skip("the native kernels are not built")
-    monkeypatch.setattr(kernels.cases, "error", lambda case, device: case.tolerance + 1e-6)
-    assert kernels.check(["gather"], kernels.Points(None)) > 5
+    path = tmp_path / "checks.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels.cases, "error", lambda case, device: case.tolerance + 1e-6)
+        assert kernels.check(["gather"], kernels.Points(path)) > 5
+    # Mended, it is checked again, and what was wrong counts no more.
+    assert kernels.check(["gather"], kernels.Points(path)) == 0
+    assert len(kernels.Points(path).records) == 2
+
+
+def test_a_case_that_costs_the_device_is_passed_over_by_the_next_process(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMIM_KERNELS", "reference")
+    kernels = bench("gpu_kernels")
+    if not kernels.has_ours("gather"):
+        pytest.skip("the native kernels are not built")
+    path = tmp_path / "kernels.jsonl"
+    monkeypatch.setattr(kernels, "differs_from_eager", lambda op, case: True)
+    monkeypatch.setattr(kernels, "is_lost", lambda: True)
+    sizes = kernels.training_sizes(kernels.IMAGES)
+    for op in ("gather", "restore"):
+        for case in sizes[op]:
+            with pytest.raises(SystemExit, match=f"stopped at {op} .*the device does not answer"):
+                kernels.compare(["gather", "restore"], ["native"], 60, kernels.Points(path))
+            assert kernels.Points(path).records[-1]["case"] == case.name
+    assert kernels.compare(["gather", "restore"], ["native"], 60, kernels.Points(path)) == 0
+    monkeypatch.setattr(kernels, "machine", lambda: {**kernels.Points(path).records[-1], "commit": "another"})
+    with pytest.raises(SystemExit):
+        kernels.compare(["gather", "restore"], ["native"], 60, kernels.Points(path))
 
 
 def test_loaders_go_on_in_the_middle_of_a_round(bench, tmp_path, monkeypatch):

@@ -87,6 +87,16 @@ def test_mistake_is_one_line_and_exit_2(argv, words, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize(
+    "flags", [["--resume"], ["--resume", "--out", "nothing"], ["--resume", "7", "--out", "nothing"]]
+)
+def test_a_run_that_is_not_there_is_told_before_any_data_are_drawn(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, said = run(capsys, "train", "--method", "mae", *flags)
+    assert code == 3 and "--resume: expected a run with checkpoints in" in said and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
     "box",
     [
         "╭─ Value error ─────╮\n│ \x1b[91;1mError parsing --steps:\x1b[0m invalid │\n│ literal: 'many' │\n│ ───────── │\n"
