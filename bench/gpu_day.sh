@@ -95,7 +95,11 @@ run() {  # run COMMAND...: with what is left of the slice's time
 
 steps() { run bench/bench_step.py --json "$out/steps.jsonl" "$@"; }
 # What matters most comes first: compiling every block may outlast a slice, and a case counts once it is whole.
-most() { steps --providers ours graph official stock "$@"; }
+# Without graphs first: a fault of the device takes all ways of its process along.
+most() {
+    steps --providers ours official "$@"
+    steps --providers ours graph official stock "$@"
+}
 profiled() { run bench/profile_step.py --json "$out/profiles.jsonl" $profile --methods "$@"; }
 
 main() {
