@@ -28,6 +28,8 @@ from fastmim.config import ConfigError, nearest
 VARIABLE = "FASTMIM_ATTENTION"
 # Timed calls per candidate after the first two; the median counts.
 REPEATS = 10
+# A few milliseconds of a GPU, longer than the host takes to start a call and its gradient.
+QUEUE_CYCLES = 10_000_000
 
 Tokens = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -241,15 +243,30 @@ def seconds_of(compute: Tokens, size: Size, batch: int) -> float:
     else:
         q, (k, v) = draw(size.queries, 1).squeeze(2), draw(size.keys, 2).unbind(2)
     grad = torch.ones(q.shape, device=size.device, dtype=size.dtype)
-    synchronize = torch.cuda.synchronize if size.device == "cuda" else lambda: None
-    times = []
-    for _ in range(2 + REPEATS):
-        synchronize()
-        began = time.perf_counter()
+
+    def step() -> None:
         with torch.set_grad_enabled(size.has_grad):
             out = compute(q, k, v)
         if size.has_grad:
             out.backward(grad, retain_graph=True)
-        synchronize()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[2:])
+
+    clock = _device_seconds if size.device == "cuda" else _host_seconds
+    return statistics.median([clock(step) for _ in range(2 + REPEATS)][2:])
+
+
+def _host_seconds(step: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
+
+
+def _device_seconds(step: Callable[[], None]) -> float:
+    """Without what the host takes to start it, of which a graph has none: the device is kept busy until all is queued."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(QUEUE_CYCLES)
+    began.record()
+    step()
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended) / 1e3

@@ -52,7 +52,7 @@ def pack(
         to: Format.
         resize: max:500 makes the longer side at most 500 pixels, short:256 the shorter one. Default: bytes are kept.
         quality: Of the JPEG files if they are written anew.
-        in_chans: Channels, 1 or 3.
+        in_chans: Channels; any number of them into tar as they are, 1 or 3 with --resize or into beton.
         workers: Processes. Default: one per core.
     """
     try:

@@ -117,7 +117,7 @@ def test_damaged_newest_checkpoint_is_named_and_the_one_before_used(start, strai
 
 
 def test_bare_resume_with_nothing_to_resume_exits_3(start, tmp_path):
-    assert "expected any checkpoint that is valid, got none" in start("--resume").expect(3)
+    assert "--resume: expected a run with checkpoints in" in start("--resume").expect(3)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
