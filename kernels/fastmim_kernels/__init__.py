@@ -6,6 +6,9 @@ an op has them. A folder is named by a noun, never like the function in it: ``fa
 function.
 """
 
+import importlib
+from types import ModuleType
+
 from .activation import bias_gelu
 from .adamw import adamw_ema
 from .block_masks import block_masking
@@ -64,3 +67,12 @@ __all__ = [
     "uniform",
     "unmix_tokens",
 ]
+
+# What goes into other people's models, imported where it is used.
+MODULES = ("functional", "nn", "patch")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in MODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

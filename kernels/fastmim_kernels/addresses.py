@@ -8,7 +8,8 @@ from torch import Tensor
 # Pinned numbers that are ready for captures: AdamW of a thousand tensors takes eight thousand.
 RESERVE = 1 << 16
 
-_reserve = torch.empty(0, dtype=torch.int64)
+# "cpu" wherever memory of the host is meant: torch.set_default_device changes what is left unsaid.
+_reserve = torch.empty(0, dtype=torch.int64, device="cpu")
 # What captured graphs copy when they are replayed, which may be at any time: never freed.
 _captured: dict[tuple[int, ...], Tensor] = {}
 
@@ -32,7 +33,7 @@ def address_table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _kept(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    table = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    table = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     return table.to(device, non_blocking=True)
 
 
@@ -41,7 +42,7 @@ def _replenish(count: int) -> None:
     global _reserve
     least = max(RESERVE, 4 * count)
     if len(_reserve) < least:
-        _reserve = torch.empty(2 * least, dtype=torch.int64, pin_memory=True)
+        _reserve = torch.empty(2 * least, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def _staged(numbers: tuple[int, ...], device: torch.device) -> Tensor:
@@ -53,6 +54,6 @@ def _staged(numbers: tuple[int, ...], device: torch.device) -> Tensor:
                 "numbers in it; take some steps first"
             )
         host, _reserve = _reserve[: len(numbers)], _reserve[len(numbers) :]
-        _captured[numbers] = host.copy_(torch.tensor(numbers, dtype=torch.int64))
+        _captured[numbers] = host.copy_(torch.tensor(numbers, dtype=torch.int64, device="cpu"))
     table = torch.empty(len(numbers), dtype=torch.int64, device=device)
     return table.copy_(_captured[numbers], non_blocking=True)

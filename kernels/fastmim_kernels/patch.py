@@ -177,7 +177,7 @@ def difference(module: nn.Module, candidate: Candidate) -> str:
     if any(p.is_meta or p.numel() == 0 or hasattr(p, "device_mesh") for p in module.parameters()):
         return "its parameters are elsewhere (meta device, or sharded); build the model first, shard it afterwards"
     count = torch.Size(candidate.probe).numel()
-    probe = torch.linspace(-9, 9, count, dtype=torch.float64).sin().mul(4).view(candidate.probe)
+    probe = torch.linspace(-9, 9, count, dtype=torch.float64, device="cpu").sin().mul(4).view(candidate.probe)
     try:
         double = hookless_copy(module).to("cpu", torch.float64).eval()
         # Nothing is compiled for so little.

@@ -205,8 +205,13 @@ def find_loss(module: nn.Module) -> Candidate | None:
 
 
 def round_to_count(module: nn.Module, config: object, mask: Tensor) -> int:
-    """Masked patches per image: read on a CPU; on a GPU, where that would wait for it, from the mask ratio."""
-    if mask.device.type == "cpu":
+    """Masked patches per image: on a GPU, where reading them would wait for it, from the mask ratio, if the model has one.
+
+    facebookresearch/mae has none, its ratio being an argument of ``forward``; a graph, which cannot wait, takes its default.
+    """
+    ratio = getattr(config, "mask_ratio", None)
+    if ratio is None and mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        ratio = 0.75
+    if ratio is None or mask.device.type == "cpu":
         return int(mask[0].sum())
-    ratio = getattr(config, "mask_ratio", 0.75)
     return mask.shape[1] - int(mask.shape[1] * (1 - ratio))

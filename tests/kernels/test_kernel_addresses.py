@@ -20,6 +20,12 @@ def test_tables_hold_the_numbers_and_are_kept():
     assert addresses.address_table((2, -(2**62)), CPU).tolist() == [2, -(2**62)]
 
 
+def test_tables_lie_where_they_are_wanted_whatever_the_default_device_is():
+    with torch.device("meta"):
+        assert addresses.address_table((3, 1, 4), CPU).tolist() == [3, 1, 4]
+        assert addresses._staged((2, 7, 1), CPU).tolist() == [2, 7, 1]
+
+
 def test_tables_of_captures_are_copied_from_memory_that_nothing_else_gets():
     """What the host side of a capture does, on a CPU: each replay copies the same places again."""
     given = [(1, 2, 3), (4, 5), (1, 2, 3)]

@@ -30,6 +30,17 @@ def test_ema_update_is_the_formula(momentum, dtype):
     assert [t.data_ptr() for t in targets] == addresses
 
 
+@pytest.mark.parametrize("momentum", [0.9, torch.tensor(0.9, dtype=torch.float64)], ids=["number", "tensor"])
+def test_tensors_on_several_devices(momentum):
+    """As after offloading some: what lies elsewhere neither stops the others nor is taken for theirs."""
+    targets, onlines = pairs()
+    expected = [t.clone() for t in targets]
+    fk.ema_update(expected, onlines, momentum)
+    away = [torch.empty(3, device="meta"), torch.empty(4, device="meta")]
+    fk.ema_update([away[0], *targets, away[1]], [away[0].clone(), *onlines, away[1].clone()], momentum)
+    assert all(torch.equal(t, e) for t, e in zip(targets, expected, strict=True))
+
+
 def test_momentum_0_copies_and_1_keeps():
     targets, onlines = pairs()
     before = [t.clone() for t in targets]

@@ -4,11 +4,13 @@ import copy
 import functools
 import pickle
 import threading
+import types
 
 import pytest
 import torch
 from fastmim_kernels import nn as fnn
 from fastmim_kernels import patch
+from fastmim_kernels.recognition import round_to_count
 from parity import PARTS, assert_parity, images
 from torch import Tensor, nn
 
@@ -333,6 +335,23 @@ def test_loss_of_a_masked_autoencoder():
         # Unequal numbers of masked patches have no common shape: never a wrong number.
         mask[0, 0] = 0
         assert model.forward_loss(x, pred, mask).isnan()
+
+
+def test_the_number_of_masked_patches_is_not_guessed_on_other_devices():
+    """facebookresearch/mae's ratio is an argument of forward: only the mask tells. transformers' is in the configuration."""
+    mask = torch.empty(2, 10, device="meta")
+    with pytest.raises(RuntimeError, match="meta"):  # it was read
+        round_to_count(MaskedAutoencoder(), MaskedAutoencoder(), mask)
+    config = types.SimpleNamespace(mask_ratio=0.6)
+    assert round_to_count(MaskedAutoencoder(), config, mask) == 6
+    assert round_to_count(MaskedAutoencoder(), config, torch.tensor([[1.0, 1, 0, 0]])) == 2
+
+
+def test_parts_are_found_whatever_the_default_device_is():
+    model = ViT()
+    with torch.device("meta"), patch.apply(model) as report:
+        found = {entry.part for entry in report.replaced}
+    assert found >= {"layer_norm", "mlp", "block"}
 
 
 def test_transformer_encoder_of_torch():

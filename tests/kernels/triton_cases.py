@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 import triton_interpreter
-from fastmim_kernels import cases, dispatch
+from fastmim_kernels import cases, dispatch, tuning
 from recorder import Recorder
 
 triton_interpreter.install()
@@ -309,3 +309,56 @@ def test_float64_is_left_to_the_reference():
     assert fk.contrastive_loss(q, q, temperature=1.0).dtype == torch.float64
     out = fk.restore_tokens(x, torch.zeros(3), torch.zeros(6, 3), torch.arange(5).expand(2, 5))
     assert out.dtype == torch.float64
+
+
+def gradients(function, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+    made = [x.clone().requires_grad_() for x in inputs]
+    triton_interpreter.REACHABLE[:] = made
+    out = function(*made)
+    return list(torch.autograd.grad(out, made, torch.linspace(-1, 1, out.numel()).view(out.shape)))
+
+
+def test_topk_does_not_mind_who_keeps_what_its_backward_pass_needs():
+    """torch's own way to keep activations in another memory lays them out anew."""
+    g = cases.generator(9)
+    inputs = [torch.randn(1, 2, 5, 8, generator=g) for _ in range(3)]
+
+    def kept_elsewhere(*made):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.contiguous().clone(), lambda x: x):
+            return fk.topk_attention(*made, 3, num_prefix=1)
+
+    plain = gradients(lambda *made: fk.topk_attention(*made, 3, num_prefix=1), inputs)
+    for ours, theirs in zip(gradients(kept_elsewhere, inputs), plain, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("images", [2, 32])
+def test_restore_counts_each_image_once_whatever_was_tuned(images, monkeypatch):
+    """Chunks are of 16 images: a larger step must end with its own."""
+    monkeypatch.setitem(tuning.table("")["restore"], "IMAGES", images)
+    ids = torch.stack([torch.randperm(6, generator=cases.generator(i)) for i in range(20)])
+    inputs = [torch.randn(s, generator=cases.generator(3)) for s in ((20, 4, 8), (8,), (7, 8))]
+    found = gradients(lambda *made: fk.restore_tokens(*made, ids), inputs)
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    expected = gradients(lambda *made: fk.restore_tokens(*made, ids), inputs)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_with_strides_is_read_as_it_lies():
+    g = cases.generator(4)
+    x, weight, bias = (torch.randn(s, generator=g) for s in ((9, 4), (10, 4), (20,)))
+    labels = torch.arange(9)
+    found = fk.linear_cross_entropy(x, weight, bias[::2], labels).loss
+    assert torch.allclose(found, torch.nn.functional.cross_entropy(x @ weight.T + bias[::2], labels), atol=1e-6)
+
+
+def test_a_wide_blur_is_the_one_of_the_reference(monkeypatch):
+    """Above a radius of 16 its taps are a loop."""
+    images = torch.randint(0, 256, (2, 3, 12, 14), generator=cases.generator(5), dtype=torch.uint8)
+    sigma = torch.tensor([7.0, 0.0])
+    triton_interpreter.REACHABLE[:] = [images, sigma]
+    found = fk.shift_flip_jitter(images, size=(9, 11), blur_sigma=sigma, max_blur_sigma=7.0)
+    monkeypatch.setenv(dispatch.VARIABLE, "reference")
+    expected = fk.shift_flip_jitter(images, size=(9, 11), blur_sigma=sigma, max_blur_sigma=7.0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

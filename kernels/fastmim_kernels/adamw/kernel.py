@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..addresses import address_table
 from ..ema.kernel import DTYPES
-from ..launch import cdiv
+from ..gpu import programs_per_tensor
 from ..tuning import tuned
 
 
@@ -58,20 +58,20 @@ def adamw_kernel(
     table_ptr, numbers_ptr, count, GRAD: tl.constexpr, COPY: tl.constexpr, HAS_TARGET: tl.constexpr,
     HAS_COPY: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program = (BLOCK values, tensor); the table holds the addresses of six tensors each, 0 for one that is not there,
-    sizes, and the bits of weight decays in float64."""
+    """Program = (every so many BLOCK values, tensor); the table holds the addresses of six tensors each, 0 for one that is not
+    there, sizes, and the bits of weight decays in float64."""
     tensor = tl.program_id(1)
     size = tl.load(table_ptr + 6 * count + tensor)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    if (start < size) & (tl.load(numbers_ptr + 8) != 0):
-        param_ptr = pointer_at(table_ptr, 0, count, tensor, tl.float32, ALIGNED)
-        grad_ptr = pointer_at(table_ptr, 1, count, tensor, GRAD, ALIGNED)
-        first_ptr = pointer_at(table_ptr, 2, count, tensor, tl.float32, ALIGNED)
-        second_ptr = pointer_at(table_ptr, 3, count, tensor, tl.float32, ALIGNED)
-        target_ptr = pointer_at(table_ptr, 4, count, tensor, tl.float32, ALIGNED)
-        copy_ptr = pointer_at(table_ptr, 5, count, tensor, COPY, ALIGNED)
-        weight_decay = tl.load(table_ptr + 7 * count + tensor).to(tl.float64, bitcast=True)
-        decay = (1 - tl.load(numbers_ptr) * weight_decay).to(tl.float32)
+    param_ptr = pointer_at(table_ptr, 0, count, tensor, tl.float32, ALIGNED)
+    grad_ptr = pointer_at(table_ptr, 1, count, tensor, GRAD, ALIGNED)
+    first_ptr = pointer_at(table_ptr, 2, count, tensor, tl.float32, ALIGNED)
+    second_ptr = pointer_at(table_ptr, 3, count, tensor, tl.float32, ALIGNED)
+    target_ptr = pointer_at(table_ptr, 4, count, tensor, tl.float32, ALIGNED)
+    copy_ptr = pointer_at(table_ptr, 5, count, tensor, COPY, ALIGNED)
+    weight_decay = tl.load(table_ptr + 7 * count + tensor).to(tl.float64, bitcast=True)
+    decay = (1 - tl.load(numbers_ptr) * weight_decay).to(tl.float32)
+    size = tl.where(tl.load(numbers_ptr + 8) != 0, size, 0)
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
         index = start + tl.arange(0, BLOCK)
         # A mask of unknown size would forbid 16-byte accesses.
         if start + BLOCK <= size:
@@ -108,7 +108,7 @@ def adamw_ema(
     addresses = tuple(t.data_ptr() for tensors in (dense[0], grads, *dense[1:]) for t in tensors)
     decays = struct.unpack(f"{len(params)}q", struct.pack(f"{len(params)}d", *weight_decays))
     # A launch dimension of its own for the tensors is limited to 65,535 of them.
-    adamw_kernel[(cdiv(max(sizes), block), len(params))](
+    adamw_kernel[(programs_per_tensor(max(sizes), block, len(params)), len(params))](
         address_table((*addresses, *sizes, *decays), numbers.device), numbers, len(params), GRAD=DTYPES[grads[0].dtype],
         COPY=DTYPES[copies[0].dtype], HAS_TARGET=any(t.numel() for t in targets),
         HAS_COPY=any(t.numel() for t in copies), ALIGNED=all(address % 16 == 0 for address in addresses), BLOCK=block,

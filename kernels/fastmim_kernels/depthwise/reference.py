@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import autocast, dispatch
+from .. import autocast
 
 
 def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -15,9 +15,8 @@ def depthwise_patches(x: Tensor, ids: Tensor | None, weight: Tensor, bias: Tenso
     if ids is not None:
         index = ids[:, :, None, None, None].expand_as(x)
         whole = x.new_zeros(batch, h * w, s, s, width).scatter(1, index, x)
-    image = whole.view(batch, h, w, s, s, width).permute(0, 5, 1, 3, 2, 4).reshape(batch, width, h * s, w * s)
-    if not dispatch.is_transformed():  # vmap cannot do it
-        image = image.contiguous(memory_format=torch.channels_last)
+    # Channels last, which is the order of x: one copy.
+    image = whole.view(batch, h, w, s, s, width).transpose(2, 3).reshape(batch, h * s, w * s, width).permute(0, 3, 1, 2)
     # Where a CPU does not multiply bfloat16, torch sums its convolutions in it, too: 0.1 in single values of a gradient.
     work = torch.promote_types(x.dtype, torch.float32) if x.device.type == "cpu" else x.dtype
     with autocast.disabled(x.device):

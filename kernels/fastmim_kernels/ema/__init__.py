@@ -23,7 +23,7 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: f
         targets: float32 (or float64) tensors: at momentum 0.996 most increments are lost in bfloat16.
         onlines: as many tensors of the same shapes and device, any floating dtype.
         momentum: in [0, 1]; a 0-dimensional tensor on the device of the targets avoids a constant in a captured CUDA
-            graph.
+            graph. Where they are on several devices, it is copied to each.
 
     Raises: ValueError for lists, shapes or devices that differ or momentum out of range; TypeError for other dtypes.
     Source: He et al., "MoCo", arXiv 1911.05722, eq. 2; theta_t = m theta_t + (1 - m) theta_o.
@@ -46,6 +46,14 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], momentum: f
                 TypeError,
             )
     if not targets:
+        return
+    devices = dict.fromkeys(t.device for t in targets)
+    if len(devices) > 1:
+        for device in devices:
+            own = [pair for pair in zip(targets, onlines, strict=True) if pair[0].device == device]
+            ema_update(
+                *map(list, zip(*own, strict=True)), momentum.to(device) if isinstance(momentum, Tensor) else momentum
+            )
         return
     check_scalar("momentum", momentum, targets[0].device)
     if not isinstance(momentum, Tensor) and not 0 <= momentum <= 1:

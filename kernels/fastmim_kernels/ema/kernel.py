@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..addresses import address_table
-from ..launch import cdiv
+from ..gpu import programs_per_tensor
 from ..tuning import tuned
 from . import reference
 
@@ -28,18 +28,17 @@ def lerp(target_ptr, online_ptr, index, inside, weight):
 
 @triton.jit
 def ema_kernel(table_ptr, weight_ptr, count, ONLINE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Program = (BLOCK values, tensor); the table holds target addresses, online addresses and sizes."""
+    """Program = (every so many BLOCK values, tensor); the table holds target addresses, online addresses and sizes."""
     tensor = tl.program_id(1)
     size = tl.load(table_ptr + 2 * count + tensor)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    if start < size:
-        target_ptr = tl.load(table_ptr + tensor).to(tl.pointer_type(tl.float32))
-        online_ptr = tl.load(table_ptr + count + tensor).to(tl.pointer_type(ONLINE))
-        if ALIGNED:
-            target_ptr = tl.multiple_of(target_ptr, 16)
-            online_ptr = tl.multiple_of(online_ptr, 16)
+    target_ptr = tl.load(table_ptr + tensor).to(tl.pointer_type(tl.float32))
+    online_ptr = tl.load(table_ptr + count + tensor).to(tl.pointer_type(ONLINE))
+    if ALIGNED:
+        target_ptr = tl.multiple_of(target_ptr, 16)
+        online_ptr = tl.multiple_of(online_ptr, 16)
+    weight = tl.load(weight_ptr)
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, size, tl.num_programs(0) * BLOCK):
         index = start + tl.arange(0, BLOCK)
-        weight = tl.load(weight_ptr)
         # A mask of unknown size would forbid 16-byte accesses.
         if start + BLOCK <= size:
             lerp(target_ptr, online_ptr, index, None, weight)
@@ -70,7 +69,7 @@ def ema_update(targets: Sequence[Tensor], onlines: Sequence[Tensor], weight: Ten
         sizes = tuple(t.numel() for t, _ in pairs)
         table = address_table((*target_at, *online_at, *sizes), weight.device)
         is_aligned = all(address % 16 == 0 for address in (*target_at, *online_at))
-        ema_kernel[(cdiv(max(sizes), block), len(pairs))](
+        ema_kernel[(programs_per_tensor(max(sizes), block, len(pairs)), len(pairs))](
             table, weight, len(pairs), ONLINE=DTYPES[dtype], ALIGNED=is_aligned, BLOCK=block, num_warps=4
         )
     if others:

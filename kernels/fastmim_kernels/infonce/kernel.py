@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import allows_tf32
 from ..launch import cdiv, next_power_of_2
 from . import allocate
 
@@ -130,7 +131,7 @@ def settings(q: Tensor, k: Tensor) -> dict[str, object]:
     """Low-precision inputs have exact products in float32 accumulators. float32 inputs follow torch's own switch; where
     that asks for the highest precision, three products of split numbers come as close as one in float32, and are
     several times faster on tensor cores."""
-    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = "tf32" if allows_tf32() else "tf32x3"
     dtypes = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
     low = dtypes.get(q.dtype) if q.dtype == k.dtype else None
     return {

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import multiprocessors
 from ..launch import cdiv, next_power_of_2
 from ..tuning import tuned
 from . import allocate, allocate_backward
@@ -156,8 +157,9 @@ def add_layer_norm_backward(
     count = h.numel() // width
     constants = tuned("layer_norm")
     config = layout(width, constants["BACKWARD_VALUES"])
-    # Each program has its own sums. By default 4 programs per multiprocessor of an H100.
-    chunk = max(1, cdiv(cdiv(count, constants["PROGRAMS"]), config["ROWS"])) * config["ROWS"]
+    # Each program has its own sums; per multiprocessor, as many as its registers hold.
+    programs = multiprocessors() * constants["PROGRAMS" if scale is None else "SCALED_PROGRAMS"]
+    chunk = max(1, cdiv(cdiv(count, programs), config["ROWS"])) * config["ROWS"]
     sums = h.new_empty((cdiv(count, chunk), 3, width), dtype=torch.float32)
     if count:
         (grad, *a), (grad_h, *b), (rows, *c), (x, *d) = (matrix(t) for t in (grad, grad_h, h, x))

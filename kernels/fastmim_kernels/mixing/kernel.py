@@ -20,11 +20,9 @@ from ..patches.kernel import (
     window_of,
 )
 from ..philox import Stream
+from ..restore.kernel import chunk_size
 from ..tuning import tuned
 from . import allocate_mix, allocate_partition, allocate_unmix, allocate_unmix_backward
-
-# Mixtures per program of the backward pass.
-CHUNK = 16
 
 
 @triton.jit
@@ -175,7 +173,8 @@ def unmix_tokens_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (groups, _), (_, total, width) = src.shape, grad.shape
     tokens_grad, mask_grad, pos_grad = allocate_unmix_backward(grad, src, members, num_prefix, dtype, wanted)
-    chunks = cdiv(groups, CHUNK)
+    chunk = max(1, chunk_size(groups * members) // members)
+    chunks = cdiv(groups, chunk)
     mask_sum = grad.new_empty((chunks, total, width), dtype=torch.float32)
     pos_sum = grad.new_empty((chunks if wanted[2] else 0, total, width), dtype=torch.float32)
     if grad.numel():
@@ -184,7 +183,7 @@ def unmix_tokens_backward(
         unmix_backward_kernel[(chunks * total, cdiv(width, config["BLOCK"]))](
             grad, src.contiguous(), tokens_grad if wanted[0] else None, mask_sum, pos_sum,
             groups, members, total, num_prefix, width, *grad.stride(),
-            CHUNK=CHUNK, MEMBERS=at_once, WITH_POS=wanted[2], **config,
+            CHUNK=chunk, MEMBERS=at_once, WITH_POS=wanted[2], **config,
         )  # fmt: skip
     if wanted[1]:
         torch.sum(mask_sum, (0, 1), out=mask_grad)

@@ -60,7 +60,7 @@ def restore_backward_kernel(
     pos_sum = tl.zeros([IMAGES, BLOCK], tl.float32)
     for start in range(chunk * CHUNK, tl.minimum(batch, (chunk + 1) * CHUNK), IMAGES):
         images = (start + tl.arange(0, IMAGES)).to(tl.int64)
-        exists = images < batch
+        exists = images < tl.minimum(batch, (chunk + 1) * CHUNK)
         source = grad_ptr + images[:, None] * stride_b + row.to(tl.int64) * stride_n
         grad = tl.load(
             source + columns.to(tl.int64)[None, :] * stride_d, mask=exists[:, None] & inside[None, :], other=0

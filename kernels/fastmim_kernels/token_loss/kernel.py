@@ -60,6 +60,7 @@ def linear_cross_entropy(
     grad_x, grad_weight, grad_bias = (grad.zero_() if i else grad for i, grad in enumerate(grads))
     rows, vocabulary = x.shape[0], weight.shape[0]
     loss, correct = (x.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    bias = None if bias is None else bias.contiguous()
     block = min(4096, next_power_of_2(vocabulary))
     with torch.autocast(x.device.type, enabled=False):
         matrix = weight.to(work)

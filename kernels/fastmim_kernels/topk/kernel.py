@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..gpu import allows_tf32
 from ..launch import cdiv, next_power_of_2
 from . import allocate, allocate_backward
 
@@ -212,9 +213,8 @@ def key_grad_kernel(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """float32 follows torch's own switch; "highest" takes three products of split numbers, exact to float32."""
-    is_highest = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    return "tf32x3" if is_highest else "tf32"
+    """float32 follows torch's own switch; without TF32 it takes three products of split numbers, exact to float32."""
+    return "tf32x3" if dtype == torch.float32 and not allows_tf32() else "tf32"
 
 
 def bits(threshold: Tensor) -> Tensor:
@@ -251,6 +251,9 @@ def topk_attention_backward(
     grads = allocate_backward(grad, q, k, v)
     batch, heads, length, width = q.shape
     if out.numel():
+        # It was given with the strides of a gradient; whoever kept it meanwhile (saved-tensor hooks) may have changed them.
+        if out.stride() != grads[0].stride():
+            out = torch.empty_like(grads[0]).copy_(out)
         delta = torch.empty_like(lse)
         # Split numbers take three times the registers.
         own, other = (32, 32) if q.dtype == torch.float32 else (64, 32)
@@ -258,7 +261,8 @@ def topk_attention_backward(
         options = {
             "PRECISION": precision(q.dtype),
             "WIDTH": max(16, next_power_of_2(width)),
-            "num_warps": 4,
+            # Wide heads do not fit the registers of four.
+            "num_warps": 8 if width > 64 else 4,
             "num_stages": 1,
         }
         sizes = (heads, length, width, num_prefix, scale)

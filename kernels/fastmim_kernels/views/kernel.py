@@ -57,7 +57,8 @@ def load_pixels(
         column += tl.load(offset_ptr + 2 * image + 1)
     if flip_ptr is not None:
         column = tl.where(tl.load(flip_ptr + image), width - 1 - column, column)
-    source = images_ptr + image * stride_b + channel * stride_c + row * stride_h + column * stride_w
+    # By way of the image's number: a channel's own product would have 32 bits.
+    source = images_ptr + image * stride_b + (image * 0 + channel) * stride_c + row * stride_h + column * stride_w
     x = tl.load(source, mask=inside, other=0).to(tl.float32)
     if LEVELS != 1:
         x = tl.div_rn(x, LEVELS)
@@ -241,6 +242,17 @@ def color_kernel(
 
 
 @triton.jit
+def tap(in_ptr, plane, row, column, distance, inside, h, w, sigma, ALONG_ROWS: tl.constexpr):
+    """(weight, weight times pixel) of the pixels at a distance; at the edge, of the last one."""
+    weight = tl.exp(-(distance * distance) / (2 * sigma * sigma))
+    if ALONG_ROWS:
+        source = row * w + tl.minimum(tl.maximum(column + distance, 0), w - 1)
+    else:
+        source = tl.minimum(tl.maximum(row + distance, 0), h - 1) * w + column
+    return weight, weight * tl.load(in_ptr + plane * (h * w) + source, mask=inside, other=0)
+
+
+@triton.jit
 def blur_kernel(
     sigma_ptr, in_ptr, out_ptr, h, w, SHIFT: tl.constexpr, SCALE: tl.constexpr, NORMALIZE: tl.constexpr,
     C: tl.constexpr, RADIUS: tl.constexpr, ALONG_ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -255,14 +267,17 @@ def blur_kernel(
         row, column = pixel // w, pixel % w
         blurred = tl.zeros([BLOCK], tl.float32)
         weights = 0.0
-        for distance in tl.static_range(-RADIUS, RADIUS + 1):
-            weight = tl.exp(-(distance * distance) / (2 * sigma * sigma))
-            if ALONG_ROWS:
-                source = row * w + tl.minimum(tl.maximum(column + distance, 0), w - 1)
-            else:
-                source = tl.minimum(tl.maximum(row + distance, 0), h - 1) * w + column
-            blurred += weight * tl.load(in_ptr + plane * (h * w) + source, mask=inside, other=0)
-            weights += weight
+        # Written out where that is short: a wide blur would take minutes to compile.
+        if RADIUS <= 16:
+            for distance in tl.static_range(-RADIUS, RADIUS + 1):
+                weight, part = tap(in_ptr, plane, row, column, distance, inside, h, w, sigma, ALONG_ROWS)
+                blurred += part
+                weights += weight
+        else:
+            for distance in range(-RADIUS, RADIUS + 1):
+                weight, part = tap(in_ptr, plane, row, column, distance, inside, h, w, sigma, ALONG_ROWS)
+                blurred += part
+                weights += weight
         blurred /= weights
         if NORMALIZE:
             channel = plane % C
