@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import fastmim_kernels
 import pytest
@@ -184,3 +186,10 @@ def test_modules_copy_pickle_cast_and_compile(name):
     torch._dynamo.reset()
     compiled = torch.compile(module, fullgraph=True, backend="eager")
     assert torch.allclose(compiled(x), expected, atol=1e-6)
+
+
+def test_the_package_alone_leads_to_what_goes_into_models():
+    """In a process of its own: here they have been imported, and so are there."""
+    code = "import fastmim_kernels as f; print(f.patch.apply.__name__, f.nn.Mlp.__name__, f.functional.linear_gelu.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["apply", "Mlp", "linear_gelu"], done.stderr

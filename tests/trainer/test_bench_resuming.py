@@ -72,12 +72,17 @@ def test_kernels_leave_out_what_the_file_has(bench, tmp_path, monkeypatch):
         kernels.bench_op(op, case, device, kernels.Points(path), monkeypatch, None)
 
 
-def test_gpu_kernels_leave_out_what_the_file_has(bench, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def kernels(bench, monkeypatch):
     """On CPU tensors, where native kernels take Triton's place."""
     monkeypatch.setenv("FASTMIM_KERNELS", "reference")
-    kernels = bench("gpu_kernels")
-    if not kernels.has_ours("gather"):
+    found = bench("gpu_kernels")
+    if not found.has_ours("gather"):
         pytest.skip("the native kernels are not built")
+    return found
+
+
+def test_gpu_kernels_leave_out_what_the_file_has(kernels, tmp_path, capsys):
     path = tmp_path / "checks.jsonl"
     for _ in range(2):
         assert kernels.check(["gather"], kernels.Points(path)) == 0
@@ -89,11 +94,7 @@ def test_gpu_kernels_leave_out_what_the_file_has(bench, tmp_path, monkeypatch, c
     assert [r["suite"] for r in kernels.Points(path).records] == ["check", "ceiling", "gpu kernels", "ceiling"]
 
 
-def test_a_wrong_kernel_fails_the_check(bench, tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTMIM_KERNELS", "reference")
-    kernels = bench("gpu_kernels")
-    if not kernels.has_ours("gather"):
-        pytest.skip("the native kernels are not built")
+def test_a_wrong_kernel_fails_the_check(kernels, tmp_path, monkeypatch):
     path = tmp_path / "checks.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr(kernels.cases, "error", lambda case, device: case.tolerance + 1e-6)
@@ -103,11 +104,7 @@ def test_a_wrong_kernel_fails_the_check(bench, tmp_path, monkeypatch):
     assert len(kernels.Points(path).records) == 2
 
 
-def test_a_case_that_costs_the_device_is_passed_over_by_the_next_process(bench, tmp_path, monkeypatch):
-    monkeypatch.setenv("FASTMIM_KERNELS", "reference")
-    kernels = bench("gpu_kernels")
-    if not kernels.has_ours("gather"):
-        pytest.skip("the native kernels are not built")
+def test_a_case_that_costs_the_device_is_passed_over_by_the_next_process(kernels, tmp_path, monkeypatch):
     path = tmp_path / "kernels.jsonl"
     monkeypatch.setattr(kernels, "differs_from_eager", lambda op, case: True)
     monkeypatch.setattr(kernels, "is_lost", lambda: True)
