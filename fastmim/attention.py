@@ -90,8 +90,8 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # is 1.1 to 1.4 times as fast as flash at 500 to 2000 tokens (TransformerEngine's tables).
 CANDIDATES: dict[str, Candidate] = {
     "kernels": Candidate(functools.partial(_heads_first, by_head), ("cpu",)),
-    # Before 9.15.1 cuDNN's backward pass may write elsewhere where 128 does not divide the number of keys (pytorch issue 169849);
-    # torch's own choice then leaves it out, but not where it is named.
+    # Before 9.15.1 cuDNN's backward pass may write elsewhere where 128 does not divide the number of keys (pytorch issue
+    # 169849); torch's own choice then leaves it out, but not where it is named.
     "cudnn": Candidate(functools.partial(_torch_with, SDPBackend.CUDNN_ATTENTION), ("cuda",), cudnn=91501),
     "flash": Candidate(functools.partial(_torch_with, SDPBackend.FLASH_ATTENTION), ("cuda", "cpu")),
     "efficient": Candidate(functools.partial(_torch_with, SDPBackend.EFFICIENT_ATTENTION), ("cuda",)),

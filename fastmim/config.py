@@ -143,7 +143,7 @@ class TrainConfig:
     patch_size: int = 16
     """Side of a patch in pixels."""
     in_chans: int = 3
-    """Channels of an image: 1 (gray), 3 (RGB), 4 (RGBA), any number from .npy files."""
+    """Channels of an image: 1 (gray), 3 (RGB), 4, any number from .npy files or pages of TIFF files."""
     mean: tuple[float, ...] | None = None
     """Mean of each channel, of pixels in [0, 1]. Default: ImageNet's for 3 channels, else 0.5."""
     std: tuple[float, ...] | None = None
@@ -232,7 +232,7 @@ class TrainConfig:
     tracker: Literal["tensorboard", "wandb"] | None = None
     """Also send the metrics to TensorBoard or Weights & Biases; metrics.jsonl is always written."""
     dry_run: bool = False
-    """Check everything, print the plan and the size of the model, and stop."""
+    """Check the options and the list of images, print the plan and the size of the model, and stop."""
     options: Annotated[Any, tyro.conf.Suppress] = None
     """The method's own options (its `Config`)."""
 

@@ -1,7 +1,8 @@
 """`fastmim replay CAPTURE`: takes a step that was skipped again, and shows where it stops being finite.
 
-A capture is a folder in the run's captures/: the weights before the step, the boxes that its crops were drawn around, and in
-its manifest the place in the data and what came out. The step is taken in one process; its images and masks are those of the run's, whatever its processes were.
+A capture is a folder in the run's captures/: the weights before the step, the boxes that its crops were drawn around, and
+in its manifest the place in the data and what came out. The step is taken in one process; its images and masks are those
+of the run's, whatever its processes were.
 """
 
 import hashlib

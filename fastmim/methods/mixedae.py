@@ -53,8 +53,8 @@ class Config:
     cls_mode: Literal["shared", "per_image", "none"] = "shared"
     """shared: one class token per mixture, which sees all patches, is a key of all, and goes to each image's decoder;
     per_image: one per image, which carries its segment vector, sees itself and as many patches as a patch does, is a key of
-    all patches, and goes to its own decoder alone; none: it stays by itself, so that images meet in no token, and learns nothing, though the patches of the exported encoder see
-    it. Own."""
+    all patches, and goes to its own decoder alone; none: it stays by itself, so that images meet in no token, and learns
+    nothing, though the patches of the exported encoder see it. Own."""
     use_segments: bool = True
     """Add a learned vector per member to its patches before the first block. Own: its start, N(0, 0.02^2)."""
     contrast_weight: float = 0.1
