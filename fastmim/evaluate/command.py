@@ -1,5 +1,6 @@
 """`fastmim knn` and `fastmim linear`: what the features of a frozen encoder are worth."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ class Evaluation:
 
 def knn(argv: list[str]) -> None:
     """k-nearest-neighbor accuracy (k = 20, cosine, mean over patch tokens)."""
-    evaluation = parsed(Evaluation, "fastmim knn", argv, description=knn.__doc__)
+    evaluation = parsed(Evaluation, "fastmim knn", argv, description=inspect.cleandoc(knn.__doc__))
     accuracy, images = evaluation.run(measure_knn)
     print(f"k-NN top-1: {100 * accuracy:.2f} % {images}")
 
@@ -83,6 +84,6 @@ def linear(argv: list[str]) -> None:
 
     For comparing encoders with each other: papers probe otherwise, and their figures are not comparable.
     """
-    evaluation = parsed(Evaluation, "fastmim linear", argv, description=linear.__doc__)
+    evaluation = parsed(Evaluation, "fastmim linear", argv, description=inspect.cleandoc(linear.__doc__))
     probe, images = evaluation.run(measure_linear)
     print(f"linear probe top-1: {100 * probe.top1:.2f} % {images}, weight decay {probe.weight_decay:g}")
