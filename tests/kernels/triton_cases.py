@@ -109,6 +109,24 @@ def test_low_precision_is_not_worse_than_torch(op, function, dtype, monkeypatch)
     assert got <= 1.5 * cases.error(case, CPU) + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_gelu_of_every_16_bit_number_is_exact_but_for_its_rounding(dtype):
+    """Value and gradient against float64: half a unit in the last place, and a little of the polynomial's."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    x = x[x.isfinite()][None].requires_grad_()
+    out = fk.bias_gelu(x)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    y = x.detach().double()
+    below = torch.special.ndtr(y)
+    slope = below + y * torch.exp(-y * y / 2) / math.sqrt(2 * math.pi)
+    rounding, least = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    allowed = 7e-6 * torch.special.ndtr(-y.abs())  # of Phi(y)
+    for got, exact, share in ((out, y * below, allowed * y.abs()), (grad, slope, allowed)):
+        error = (got.detach().double() - exact).abs()
+        assert (error <= (rounding + 3e-7) * exact.abs() + share + 6e-9 + least).all()
+    assert fk.bias_gelu(torch.tensor([math.inf, math.nan], dtype=dtype)).isnan().tolist() == [False, True]
+
+
 def test_addresses_beyond_two_to_the_31(tmp_path):
     """Images two billion values apart, in a file with holes: 32-bit arithmetic would leave it."""
     apart = (1 << 31) + 24

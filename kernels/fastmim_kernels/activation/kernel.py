@@ -1,4 +1,8 @@
-"""GELU in Triton, with the bias in the same pass. Backward: one pass, the bias's gradient in two stages of fixed order."""
+"""GELU in Triton, with the bias in the same pass. Backward: one pass, the bias's gradient in two stages of fixed order.
+
+In 16 bits the error function, of 20 and more instructions, is what takes the time; there a polynomial in an exponential is
+exact enough.
+"""
 
 import torch
 import triton
@@ -21,12 +25,34 @@ def load_sum(x_ptr, bias_ptr, rows, columns, count, width, stride_n, stride_d):
 
 
 @triton.jit
+def normal_cdf(y, dtype: tl.constexpr):
+    """Phi(y) in float32, as exact as a result in ``dtype`` needs.
+
+    For 16 bits from log2 Phi(-u), u = abs(y), which is nearly a parabola: the polynomial of degree 7 with the least maximal
+    error on 0 <= u <= 6 (own fit, by reweighted least squares). Phi(-u) is off by 7e-6 of itself at most; beyond 6, where
+    u Phi(-u) < 6e-9, by less than 5e-13.
+    """
+    if dtype == tl.float32:
+        return 0.5 * (1 + tl.erf(y * 0.7071067811865476))
+    u = tl.abs(y)
+    power = -1.8348109733778983e-06 * u + 6.159828626550734e-05
+    power = power * u - 0.0009305247804149985
+    power = power * u + 0.00850789062678814
+    power = power * u - 0.05396007001399994
+    power = power * u - 0.4584643840789795
+    power = power * u - 1.1512510776519775
+    power = power * u - 0.9999952912330627
+    tail = tl.exp2(power)
+    return tl.where(y > 0, 1 - tail, tail)
+
+
+@triton.jit
 def forward_kernel(x_ptr, bias_ptr, out_ptr, count, width, stride_n, stride_d, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Program = (ROWS rows, block of columns)."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     y = load_sum(x_ptr, bias_ptr, rows, columns, count, width, stride_n, stride_d)
-    out = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
+    out = y * normal_cdf(y, out_ptr.dtype.element_ty)
     target = out_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
     tl.store(target, out.to(out_ptr.dtype.element_ty), mask=(rows < count)[:, None] & (columns < width)[None, :])
 
@@ -44,8 +70,8 @@ def backward_kernel(
         rows = start + tl.arange(0, ROWS)
         y = load_sum(x_ptr, bias_ptr, rows, columns, count, width, stride_n, stride_d)
         grad = load_sum(grad_ptr, None, rows, columns, count, width, stride_gn, stride_gd)
-        density = 0.3989422804014327 * tl.exp(-0.5 * y * y)
-        grad *= 0.5 * (1 + tl.erf(y * 0.7071067811865476)) + y * density
+        density = 0.3989422804014327 * tl.exp2(-0.7213475204444817 * y * y)
+        grad *= normal_cdf(y, x_grad_ptr.dtype.element_ty) + y * density
         target = x_grad_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :]
         mask = (rows < count)[:, None] & (columns < width)[None, :]
         tl.store(target, grad.to(x_grad_ptr.dtype.element_ty), mask=mask)
