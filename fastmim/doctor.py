@@ -27,6 +27,7 @@ from fastmim.config import ConfigError
 from fastmim.engine import base as engines
 from fastmim.methods import base as methods
 from fastmim.session import Session
+from fastmim.step import to_device
 
 # Images that are read and decoded, at most: a few seconds on one core, and enough for a mean.
 SAMPLE = 256
@@ -327,8 +328,7 @@ class _Examination:
         pairs, rng = method.ema_pairs(), torch.zeros(2, dtype=torch.int64, device=self.device)
 
         def take(batch: Batch) -> None:
-            crops = tuple(crop.to(self.device, non_blocking=True) for crop in batch.crops)
-            out = engine.forward(Batch(crops, batch.ids.to(self.device, non_blocking=True)), rng)
+            out = engine.forward(to_device(batch, self.device), rng)
             engine.backward(out.loss)
             engine.step(pairs, method.momentum(0.0))
             rng[1] += 1

@@ -136,14 +136,15 @@ class StaticStep:
         self.engine.discard()
 
     def _fill(self, batch: Batch, rng: Tensor, lr: float, momentum: float) -> None:
+        given = to_device(batch, self.engine.device)
         if self.batch is None:
-            self.batch, self.rng = _copied(to_device(batch, self.engine.device), batch), rng
+            self.batch, self.rng = Batch(tuple(crop.clone() for crop in given.crops), given.ids.clone()), rng
             self.engine.set_lr(self.lr)
         else:
-            for place, tensor in zip((*self.batch.crops, self.batch.ids), (*batch.crops, batch.ids)):
+            for place, tensor in zip((*self.batch.crops, self.batch.ids), (*given.crops, given.ids)):
                 if place.shape != tensor.shape:
                     raise GraphError(f"--graph: expected batches of one shape, {place.shape}, got {tensor.shape}")
-                place.copy_(tensor, non_blocking=True)
+                place.copy_(tensor)
         self.lr.fill_(lr)
         self.momentum.fill_(momentum)
 
@@ -184,13 +185,6 @@ class StaticStep:
     def _measured(outputs: list[StepOutput], norm: Tensor) -> Tensor:
         """(2,) on the host: mean loss, norm of the gradient."""
         return torch.stack([torch.stack([out.loss.float() for out in outputs]).mean(), norm.float()]).cpu()
-
-
-def _copied(batch: Batch, given: Batch) -> Batch:
-    """A batch that shares nothing with the given one."""
-    tensors = zip((*batch.crops, batch.ids), (*given.crops, given.ids))
-    *crops, ids = (ours.clone() if ours is theirs else ours for ours, theirs in tensors)
-    return Batch(tuple(crops), ids)
 
 
 def flat(outputs: list[StepOutput]) -> Tensor:

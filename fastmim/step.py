@@ -1,5 +1,6 @@
 """One optimizer step as a program: from a batch, the rng and two numbers to new weights, with nothing read on the way."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -66,9 +67,33 @@ class StepProgram:
         return info
 
 
+@functools.cache
+def copy_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream on which batches come to a GPU."""
+    return torch.cuda.Stream(device)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    crops = tuple(crop.to(device, non_blocking=True) for crop in batch.crops)
-    return Batch(crops, batch.ids.to(device, non_blocking=True))
+    """The batch on the device; shares what is there already.
+
+    A GPU gets it beside the steps that it has still to do, and the host does not wait for them: from memory that is not
+    page-locked it would.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        is_pageable = device.type == "cuda" and tensor.device.type == "cpu"
+        return (tensor.pin_memory() if is_pageable else tensor).to(device, non_blocking=True)
+
+    if device.type != "cuda":
+        return Batch(tuple(map(moved, batch.crops)), moved(batch.ids))
+    stream, current = copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        copied = Batch(tuple(map(moved, batch.crops)), moved(batch.ids))
+    current.wait_stream(stream)
+    for tensor in (*copied.crops, copied.ids):
+        # It is of the copies' memory, where the next batch must not go before this one was read.
+        tensor.record_stream(current)
+    return copied
 
 
 def split(batch: Batch, parts: int) -> Iterator[Batch]:

@@ -17,6 +17,7 @@ from fastmim.engine.single import SingleEngine
 from fastmim.graph import WARMUP_STEPS_DDP, CaptureError, GraphError, StaticStep, choose_graph
 from fastmim.metrics import Display, Meter
 from fastmim.nonfinite import NonFiniteError
+from fastmim.step import to_device
 from fastmim.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -295,3 +296,20 @@ def test_a_captured_step_on_a_gpu(name, precision):
         captured.trainer.step += 1
     assert captured.rng.tolist() == [3, count]
     assert captured.losses == pytest.approx(plain.losses, rel=1e-4 if precision == "fp32" else 2e-2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_batches_come_to_a_gpu_beside_its_work(is_pinned):
+    """Each is whole when it is read, its memory is not the next one's before, and the host waits for neither."""
+    found, busy = [], []
+    for i in range(24):
+        batch = Batch((torch.full((64, 3, 96, 96), i, dtype=torch.uint8),), torch.arange(64) + i)
+        if is_pinned:
+            batch = Batch((batch.crops[0].pin_memory(),), batch.ids.pin_memory())
+        torch.cuda._sleep(1 << 24)  # cycles
+        given = to_device(batch, CUDA)
+        busy.append(not torch.cuda.current_stream().query())
+        found.append(torch.stack([given.crops[0].amin().long(), given.crops[0].amax().long(), given.ids.sum()]))
+    assert all(busy[8:])  # before that, page-locked memory is made, for which a device may be waited for
+    assert torch.stack(found).tolist() == [[i, i, 64 * 63 // 2 + 64 * i] for i in range(24)]
