@@ -11,6 +11,7 @@ import torch
 from dalle_case import pictures, tiny
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from fastmim.tokenizer import DalleEncoder, dalle, load_dalle
 from fastmim.tokenizer.weights import fingerprint
@@ -73,10 +74,36 @@ def test_dalle_computes_chosen_cells_only_and_in_chunks(monkeypatch):
     whole = network(images)
     products = []
     real = dalle.F.linear
-    monkeypatch.setattr(dalle.F, "linear", lambda x, *rest: products.append(len(x)) or real(x, *rest))
+    monkeypatch.setattr(dalle.F, "linear", lambda x, **rest: products.append(len(x)) or real(x, **rest))
     monkeypatch.setattr(dalle, "CELLS_AT_ONCE", 4)
     assert torch.equal(network(images, ids), whole.gather(1, ids))
     assert products == [4, 4, 1]
+
+
+def test_the_last_layer_of_float16_features_is_as_exact_as_float32():
+    """Weights of the published layer's size, and of sizes at which float16 runs out of digits."""
+    g = torch.Generator().manual_seed(0)
+    x = F.relu(torch.randn(40, 2048, generator=g)).half()
+    for size in (2048**-0.5, 1e-4, 1e-6):
+        weight, bias = size * torch.randn(70, 2048, generator=g), torch.randn(70, generator=g)
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        ours = dalle.linear_of_halves(x, *dalle.halves(weight), bias)
+        scale = (x.double() @ weight.double().abs().T).max()
+        assert ours.dtype == torch.float32
+        assert (ours - exact).abs().max() <= 2**-22 * (scale + exact.abs().max()), size
+        in_float16 = F.linear(x.float(), weight.half().float(), bias)
+        assert (in_float16 - exact).abs().max() > 10 * (ours - exact).abs().max(), "the case needs both halves"
+
+
+def test_float16_features_give_the_ids_of_the_same_features_in_float32(monkeypatch):
+    """As on a GPU, whose features are of 16 bits."""
+    network, images = tiny(vocabulary=500), pictures(2, 3, 48, 48)
+    features = network.features(images).half()
+    ids = []
+    for dtype in (torch.float32, torch.float16):
+        monkeypatch.setattr(network, "features", lambda _, dtype=dtype: features.to(dtype))
+        ids.append(network(images))
+    assert torch.equal(*ids) and len(ids[0].unique()) > 20
 
 
 def test_dalle_ids_do_not_change_under_autocast():
