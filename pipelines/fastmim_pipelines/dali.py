@@ -37,6 +37,8 @@ class DaliReader(DeviceReader):
 
     def _decode(self, datas: list[np.ndarray], boxes: list[tuple[int, int, int, int]], sizes: list[tuple[int, int]]):
         dynamic, types = self._dynamic, self._types
+        if self.device.type == "cuda":
+            dynamic.set_current_stream(torch.cuda.current_stream())  # of this thread
         starts = dynamic.as_batch([np.array([top, left], np.int32) for left, top, _, _ in boxes])
         shapes = dynamic.as_batch([np.array([height, width], np.int32) for _, _, width, height in boxes])
         regions = dynamic.decoders.image_slice(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -23,7 +23,7 @@ from .decode import Box, read_bytes, read_picture
 from .index import ImageIndex, open_index
 from .loader import CropLoader
 from .native_decode import Encoded, load
-from .spec import CropSpec, DataError
+from .spec import Batch, CropSpec, DataError
 
 _TAIL = 1 << 16  # bytes behind an image that are tolerated
 _END = b"\xff\xd9"
@@ -67,7 +67,7 @@ class DeviceReader(ABC):
 
     @abstractmethod
     def decode(self, datas: list[np.ndarray], boxes: list[tuple[int, int, int, int]], sizes: list[tuple[int, int]]):
-        """The box of each file resized to each size. Runs on `device`.
+        """The box of each file resized to each size. Runs on `device`, on torch's current stream.
 
         Returns: per size a list with, for each file, uint8 (3, height, width), or None if it cannot be decoded.
         """
@@ -147,6 +147,14 @@ class DeviceLoader(CropLoader):
             raise ValueError(f"workers: expected 0 or None, got {workers}: the decoder runs in this process.")
         index = open_index(data) if isinstance(data, str | os.PathLike) else data
         super().__init__(index, crops, reader_class=self.reader_class, **options | {"workers": 0, "threads": 1})
+
+    def _batches(self, epoch: int, start_step: int) -> Iterator[Batch]:
+        for batch in super()._batches(epoch, start_step):
+            for crop in batch.crops:
+                if crop.is_cuda:
+                    # It is of the decoder's stream, on which nothing must be put in its place before it was read here.
+                    crop.record_stream(torch.cuda.current_stream(crop.device))
+            yield batch
 
 
 def _bytes_of(image: Encoded) -> np.ndarray | None:

@@ -38,7 +38,8 @@ class NvimgcodecReader(DeviceReader):
             )
             for data, (left, top, width, height) in zip(datas, boxes)
         ]
-        decoded = self._decoder.decode(streams, params=parameters)
+        stream = torch.cuda.current_stream().cuda_stream if self.device.type == "cuda" else 0
+        decoded = self._decoder.decode(streams, params=parameters, cuda_stream=stream)
         regions = [None if image is None else self._tensor(image) for image in decoded]
         return [[None if region is None else _resize(region, size) for region in regions] for size in sizes]
 

@@ -90,8 +90,8 @@ def answers_of(
     dataset.reader.threads = -(-threads // at_once)
     is_on_gpu = str(dataset.reader.device) != "cpu"
     dataset.pins = pin_memory and not is_on_gpu
-    # A thread begins with device 0, where the first page-locked tensor would put a context.
-    prepare = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory or is_on_gpu else None
+    has_gpu = pin_memory or is_on_gpu
+    prepare = partial(_settle_thread, torch.cuda.current_device(), is_on_gpu) if has_gpu else None
     return ThreadAnswers(
         dataset, requests, threads=at_once, timeout_s=timeout_s, on_silence=on_silence, prepare=prepare
     )
@@ -314,6 +314,14 @@ class ThreadAnswers:
         for thread in self._threads:
             thread.join(_PATIENCE_S)
         self._threads = []
+
+
+def _settle_thread(device: int, uses_gpu: bool) -> None:
+    # It begins with device 0, where the first page-locked tensor would put a context.
+    torch.cuda.set_device(device)
+    if uses_gpu:
+        # It begins with the stream that everybody has, on which decoding and training would wait for each other.
+        torch.cuda.set_stream(torch.cuda.Stream(device))
 
 
 def _serve(dataset: Dataset, tasks: SimpleQueue, prepare: Callable[[], object] | None) -> None:
