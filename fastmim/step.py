@@ -77,12 +77,12 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch on the device; shares what is there already.
 
     A GPU gets it beside the steps that it has still to do, and the host does not wait for them: from memory that is not
-    page-locked it would.
+    page-locked it might, so what lies there is put into such memory first.
     """
 
     def moved(tensor: Tensor) -> Tensor:
-        is_pageable = device.type == "cuda" and tensor.device.type == "cpu"
-        return (tensor.pin_memory() if is_pageable else tensor).to(device, non_blocking=True)
+        is_on_host = device.type == "cuda" and tensor.device.type == "cpu"
+        return (tensor.pin_memory() if is_on_host else tensor).to(device, non_blocking=True)
 
     if device.type != "cuda":
         return Batch(tuple(map(moved, batch.crops)), moved(batch.ids))

@@ -20,13 +20,16 @@ GROWTH = 2.0**11
 
 
 def halves(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 -> float16 (high, low) with weight = high + low / GROWTH, to 2^-22 of itself."""
+    """float32 below 65504 -> float16 (high, low) with weight = high + low / GROWTH, to 2^-22 of itself or to 2^-36."""
     high = weight.half()
     return high, ((weight - high.float()) * GROWTH).half()
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """(n, k) and (m, k) float16 -> (n, m) float32: products of float16 are exact in float32, in which they are added up."""
+    """(n, k) and (m, k) float16 -> (n, m) float32: products of float16 are exact in float32, in which they are added up.
+
+    The matrix units of a GPU cut sums off where others round them.
+    """
     if x.is_cuda:
         return torch.mm(x, weight.T, out_dtype=torch.float32)
     return x.float() @ weight.float().T
@@ -89,8 +92,8 @@ def _rows(x: Tensor) -> Tensor:
 class DalleEncoder(nn.Module):
     """Images -> token ids, one per 8 x 8 pixels. Weights are random; `load_dalle` gives the published ones.
 
-    As in the source, all layers but the last compute in float16 on GPUs, in float32 elsewhere; the last one is always as
-    exact as float32. Every autocast is off inside: lower precision flips ids.
+    As in the source, all layers but the last compute in float16 on GPUs, in float32 elsewhere; the last one always has
+    the digits of float32. Every autocast is off inside: lower precision flips ids.
 
     Args:
         channels, width, blocks_per_group, vocabulary: of the published network by default, with 53.8 M parameters.

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, nullcontext
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from queue import SimpleQueue
 from typing import Any
@@ -316,12 +316,18 @@ class ThreadAnswers:
         self._threads = []
 
 
+@cache
+def _decode_stream(device: int) -> torch.cuda.Stream:
+    # One for all threads there will be: torch keeps the memory of each stream apart.
+    return torch.cuda.Stream(device)
+
+
 def _settle_thread(device: int, uses_gpu: bool) -> None:
     # It begins with device 0, where the first page-locked tensor would put a context.
     torch.cuda.set_device(device)
     if uses_gpu:
         # It begins with the stream that everybody has, on which decoding and training would wait for each other.
-        torch.cuda.set_stream(torch.cuda.Stream(device))
+        torch.cuda.set_stream(_decode_stream(device))
 
 
 def _serve(dataset: Dataset, tasks: SimpleQueue, prepare: Callable[[], object] | None) -> None:

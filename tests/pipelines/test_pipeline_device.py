@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fastmim_pipelines import CropSpec, device_decode, make_loader
+from fastmim_pipelines import CropSpec, device_decode, make_loader, workers
 from fastmim_pipelines.index import FolderIndex
 from fastmim_pipelines.spec import DataError
 from PIL import Image
@@ -136,3 +136,52 @@ def test_damage_inside_the_picture_never_ends_a_run(name, mixed):
         Path(index.path(sample_id)).write_bytes(data)
     got, _, _ = first(name, mixed, 3, on_bad_image="skip", bad_image_budget=1.0)
     assert len(got) == 3
+
+
+def test_only_threads_that_decode_on_a_gpu_leave_its_default_stream_and_share_another(monkeypatch):
+    """torch's pool has 32 streams, and keeps the memory of each apart: a loader that is opened again takes no new one."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", device)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: calls.append(("new", device)) or f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: calls.append(("use", stream)))
+    workers._decode_stream.cache_clear()
+    for uses_gpu in (False, True, True):
+        workers._settle_thread(1, uses_gpu)
+    workers._decode_stream.cache_clear()
+    use = [("device", 1), ("use", "stream of 1")]
+    assert calls == [("device", 1), use[0], ("new", 1), use[1], *use]
+
+
+class CountingReader(device_decode.DeviceReader):
+    """Every picture of batch n has the value n."""
+
+    name, batches = "counting", 0
+
+    def decode(self, datas, boxes, sizes):
+        self.batches += 1
+        self.stream = torch.cuda.current_stream()
+        full = [torch.full((3, *size), self.batches, dtype=torch.uint8, device=self.device) for size in sizes]
+        return [[picture] * len(datas) for picture in full]
+
+
+class CountingLoader(device_decode.DeviceLoader):
+    reader_class = CountingReader
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_decodes_beside_other_work_and_writes_over_nothing_that_is_still_to_be_read(demo_set):
+    loader = CountingLoader(demo_set / "train", CROPS[:1], batch_size=8)
+    found = []
+    try:
+        batches = loader.epoch(0)
+        next(batches)  # starts all there is to start
+        for _ in range(loader.steps_per_epoch - 1):
+            torch.cuda._sleep(1 << 28)  # cycles: the reader is late
+            batch = next(batches)
+            assert not torch.cuda.default_stream().query(), "it waited for other work"
+            found.append(torch.stack([batch.crops[0].amin(), batch.crops[0].amax()]))
+            del batch
+        assert loader._source.reader.stream != torch.cuda.default_stream()
+    finally:
+        loader.close()
+    assert torch.stack(found).tolist() == [[i, i] for i in range(2, len(found) + 2)]

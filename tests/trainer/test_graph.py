@@ -17,7 +17,7 @@ from fastmim.engine.single import SingleEngine
 from fastmim.graph import WARMUP_STEPS_DDP, CaptureError, GraphError, StaticStep, choose_graph
 from fastmim.metrics import Display, Meter
 from fastmim.nonfinite import NonFiniteError
-from fastmim.step import to_device
+from fastmim.step import copy_stream, to_device
 from fastmim.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("small")
@@ -298,18 +298,37 @@ def test_a_captured_step_on_a_gpu(name, precision):
     assert captured.losses == pytest.approx(plain.losses, rel=1e-4 if precision == "fp32" else 2e-2)
 
 
+def numbered(number: int, is_pinned: bool) -> Batch:
+    crop, ids = torch.full((64, 3, 96, 96), number, dtype=torch.uint8), torch.arange(64) + number
+    return Batch((crop.pin_memory(),), ids.pin_memory()) if is_pinned else Batch((crop,), ids)
+
+
+def read(batch: Batch) -> torch.Tensor:
+    """(3,) without waiting for it: smallest and largest pixel, sum of the ids."""
+    return torch.stack([batch.crops[0].amin().long(), batch.crops[0].amax().long(), batch.ids.sum()])
+
+
+def expected_of(number: int) -> list[int]:
+    return [number, number, 64 * 63 // 2 + 64 * number]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("is_pinned", [True, False])
 def test_batches_come_to_a_gpu_beside_its_work(is_pinned):
     """Each is whole when it is read, its memory is not the next one's before, and the host waits for neither."""
+    with torch.cuda.stream(copy_stream(CUDA)):
+        torch.empty(64 << 20, dtype=torch.uint8, device=CUDA).fill_(255)  # to be used again, and of no batch's value
     found, busy = [], []
     for i in range(24):
-        batch = Batch((torch.full((64, 3, 96, 96), i, dtype=torch.uint8),), torch.arange(64) + i)
-        if is_pinned:
-            batch = Batch((batch.crops[0].pin_memory(),), batch.ids.pin_memory())
-        torch.cuda._sleep(1 << 24)  # cycles
-        given = to_device(batch, CUDA)
+        torch.cuda._sleep(1 << 24)  # cycles: the reader is late
+        given = to_device(numbered(i, is_pinned), CUDA)
         busy.append(not torch.cuda.current_stream().query())
-        found.append(torch.stack([given.crops[0].amin().long(), given.crops[0].amax().long(), given.ids.sum()]))
+        found.append(read(given))
+        del given
     assert all(busy[8:])  # before that, page-locked memory is made, for which a device may be waited for
-    assert torch.stack(found).tolist() == [[i, i, 64 * 63 // 2 + 64 * i] for i in range(24)]
+    for i in range(24, 32):
+        torch.cuda.synchronize()
+        with torch.cuda.stream(copy_stream(CUDA)):
+            torch.cuda._sleep(1 << 24)  # the copy is late
+        found.append(read(to_device(numbered(i, is_pinned), CUDA)))
+    assert torch.stack(found).tolist() == [expected_of(i) for i in range(32)]

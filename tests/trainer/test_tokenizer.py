@@ -96,14 +96,34 @@ def test_the_last_layer_of_float16_features_is_as_exact_as_float32():
 
 
 def test_float16_features_give_the_ids_of_the_same_features_in_float32(monkeypatch):
-    """As on a GPU, whose features are of 16 bits."""
+    """As on a GPU, whose features are of 16 bits; between two tokens whose weights differ in the 13th binary place."""
     network, images = tiny(vocabulary=500), pictures(2, 3, 48, 48)
     features = network.features(images).half()
+    last = network.blocks["output"]["conv"]
+    last.w[250:] = last.w[:250] * (
+        1 + 2**-13 * torch.randn(250, 1, 1, 1, generator=torch.Generator().manual_seed(2)).sign()
+    )
+    last.b[250:] = last.b[:250]
     ids = []
     for dtype in (torch.float32, torch.float16):
         monkeypatch.setattr(network, "features", lambda _, dtype=dtype: features.to(dtype))
         ids.append(network(images))
-    assert torch.equal(*ids) and len(ids[0].unique()) > 20
+    assert torch.equal(*ids) and len(ids[0].unique()) > 20 and {id // 250 for id in ids[0].flatten().tolist()} == {0, 1}
+    monkeypatch.setattr(dalle, "halves", lambda weight: (weight.half(), torch.zeros_like(weight, dtype=torch.float16)))
+    assert not torch.equal(network(images), ids[0]), "the case needs both halves"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_last_layer_on_a_gpu_is_near_float32():
+    g = torch.Generator().manual_seed(0)
+    x, weight = F.relu(torch.randn(300, 2048, generator=g)).half(), 2048**-0.5 * torch.randn(8192, 2048, generator=g)
+    bias = torch.randn(8192, generator=g)
+    exact = F.linear(x.double(), weight.double(), bias.double())
+    ours = dalle.linear_of_halves(x.cuda(), *dalle.halves(weight.cuda()), bias.cuda()).cpu()
+    theirs = F.linear(x.cuda().float(), weight.cuda(), bias.cuda()).cpu()
+    scale = (x.double() @ weight.double().abs().T).max()
+    assert (ours - exact).abs().max() <= max(10 * (theirs - exact).abs().max(), 2**-20 * scale)
+    assert (ours.argmax(1) == exact.argmax(1)).float().mean() >= 0.99
 
 
 def test_dalle_ids_do_not_change_under_autocast():
