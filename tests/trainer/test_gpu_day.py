@@ -47,6 +47,7 @@ def test_numerics_are_rehearsed(tmp_path):
 
 
 @pytest.mark.skipif(not os.environ.get("FASTMIM_GPU_DAY"), reason="FASTMIM_GPU_DAY=1: rehearses every slice, minutes")
+@pytest.mark.timeout(600)  # a slice may take 9 minutes
 @pytest.mark.parametrize("number", SLICES)
 def test_every_slice_is_rehearsed(number, tmp_path):
     found = gpu_day(str(number), out=tmp_path)
