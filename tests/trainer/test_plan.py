@@ -241,8 +241,12 @@ def test_plan_learns_from_two_batches_what_operations_take(small, tmp_path, monk
         for n in (64, 16)
     )
     load = efficiency.alone(bench.config_of({**sizes, "batch_size": 64}))
-    times = {"ms": 1e3 * (fast / 2 + 1e-2 * load.ops), "other_ms": 1e3 * (slow / 2 + 1e-2 * load.ops)}
-    assert efficiency.fit(point | times, at_limit).op_seconds == at_limit.op_seconds
+    for speed, op_seconds in (
+        (2, at_limit.op_seconds),
+        (1.15, pytest.approx(1e-2)),
+    ):  # ours beat torch's products by 1.15
+        times = {"ms": 1e3 * (fast / speed + 1e-2 * load.ops), "other_ms": 1e3 * (slow / speed + 1e-2 * load.ops)}
+        assert efficiency.fit(point | times, at_limit).op_seconds == op_seconds
 
 
 def test_plan_learns_nothing_from_micro_batches_of_one_size(small):
