@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import math
 import multiprocessing
-import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -28,6 +25,7 @@ from torch.utils.data._utils import signal_handling
 from .cores import default_workers
 from .decode import CropReader
 from .spec import DataError
+from .worker_signals import settle_worker, signals_held
 
 # Else torch, on a worker's death, raises in the main thread wherever that is: in the middle of a forward pass, where nobody
 # starts the worker again. Who waits for a batch finds out by itself.
@@ -38,7 +36,6 @@ _AT_ONCE = 4  # answers that threads work on at the same time, at most
 _PATIENCE_S = 10  # for a thread or process to end what it is at
 _SILENCE_S = 20  # after which it is asked why, again and again
 _SHARED_MEMORY = "/dev/shm"
-_IGNORED = [getattr(signal, name) for name in ("SIGINT", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
 
 
 def parallelism(
@@ -134,7 +131,7 @@ class Answers:
                 num_workers=workers,
                 prefetch_factor=PREFETCH,
                 timeout=min(timeout_s, _SILENCE_S),
-                worker_init_fn=partial(_settle_worker, method != "forkserver"),
+                worker_init_fn=partial(settle_worker, method != "forkserver"),
                 multiprocessing_context=method,
             )
         loader = DataLoader(
@@ -147,7 +144,7 @@ class Answers:
             generator=torch.Generator(),
             **in_processes,
         )
-        with _signals_held():
+        with signals_held():
             self._iterator = iter(loader)
         self._processes = getattr(self._iterator, "_workers", [])
         self._watch = _Watch(self._processes, timeout_s, on_silence) if workers else None
@@ -352,46 +349,6 @@ def start_method() -> str:
 
 def _as_is(answer: Any) -> Any:
     return answer
-
-
-@contextmanager
-def _signals_held() -> Iterator[None]:
-    """Workers begin with the held signals blocked, so that none hits them before they are settled."""
-    if not hasattr(signal, "sigtimedwait"):  # not Linux
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, *_IGNORED})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _settle_worker(is_direct_child: bool, worker_id: int) -> None:
-    """Leave signals to the trainer: it may want one more batch, and time to save, before it ends its workers itself."""
-    for number in _IGNORED:
-        signal.signal(number, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is None or not hasattr(signal, "sigtimedwait"):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return
-    # A scheduler signals the whole process group: that TERM is the trainer's affair. The trainer's own TERM is an
-    # order. Only a waiting thread learns who sent it; it also notices an orphaned worker, even one stuck in a decoder.
-    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
-    starter_pid = os.getppid()  # the trainer, or the fork server
-    if starter_pid != parent.pid if is_direct_child else not parent.is_alive():
-        os._exit(0)  # orphaned before it could note whose child it was
-    # A spawned worker ends like a program: Python would tear itself down under the waiting thread, which then aborts
-    # the process when it wakes. A worker has nothing left to tear down.
-    atexit.register(os._exit, 0)
-    threading.Thread(target=_obey, args=(parent.pid, starter_pid), daemon=True).start()
-
-
-def _obey(trainer_pid: int, starter_pid: int) -> None:
-    while True:
-        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
-        if (received is not None and received.si_pid == trainer_pid) or os.getppid() != starter_pid:
-            os._exit(0)
 
 
 def most_workers(result_bytes: int) -> float:
