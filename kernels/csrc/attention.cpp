@@ -23,25 +23,19 @@ enum Kind { ALL, BIASED, BEST };
 // Writes rows of floats (columns `stride` apart) as bfloat16, each times its factor.
 inline void write_row(const float* x, float factor, int64_t width, bfloat16* out) {
   const __m512 f = _mm512_set1_ps(factor);
-  for (int64_t j = 0; j < width; j += 16) {
-    const auto mask = static_cast<__mmask16>((uint32_t{1} << std::min<int64_t>(16, width - j)) - 1);
-    const auto half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + j), f)));
-    _mm256_mask_storeu_epi16(out + j, mask, half);
-  }
+  for (int64_t j = 0; j < width; j += 16)
+    store_rounded(_mm512_mul_ps(_mm512_loadu_ps(x + j), f), width - j, out + j);
 }
 
 // x (padded width, padded rows) floats -> `rows` rows of bfloat16, `stride` values apart.
 void write_transposed(const float* x, int64_t padded_rows, int64_t rows, int64_t width, int64_t stride, bfloat16* out) {
   __m512i v[16];
   for (int64_t c = 0; c < width; c += 16) {
-    const auto mask = static_cast<__mmask16>((uint32_t{1} << std::min<int64_t>(16, width - c)) - 1);
     for (int64_t r = 0; r < rows; r += 16) {
       for (int64_t i = 0; i < 16; ++i) v[i] = _mm512_loadu_si512(x + (c + i) * padded_rows + r);
       transpose16(v);
-      for (int64_t i = 0; i < std::min<int64_t>(16, rows - r); ++i) {
-        const auto half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_castsi512_ps(v[i])));
-        _mm256_mask_storeu_epi16(out + (r + i) * stride + c, mask, half);
-      }
+      for (int64_t i = 0; i < std::min<int64_t>(16, rows - r); ++i)
+        store_rounded(_mm512_castsi512_ps(v[i]), width - c, out + (r + i) * stride + c);
     }
   }
 }
@@ -69,6 +63,8 @@ struct Shape {
   int64_t length, heads, width;
   int64_t rows() const { return blocks_up(length); }
   int64_t columns() const { return blocks_up(width); }
+  // Of a product over all tokens; the rows from `length` on are zeros.
+  int64_t depth() const { return up(length, DEPTHS); }
 };
 
 // (batch, heads, length, width): how far apart images, heads and rows are; the values of a row lie side by side.
@@ -173,21 +169,22 @@ void forward_head(const Shape& s, const Inputs& x, float scale, const Selection&
   if (KIND == BEST && select.counts) label_codes(select.labels + item / s.heads * patches, patches, codes);
   const __m512 factor = _mm512_set1_ps(scale * LOG2_E);
   for (int64_t i = 0; i < s.length; i += FEW) {
-    short_product(q + i * d, d, k, n, d, scores);
-    alignas(64) float top[FEW], total[FEW];
-    for (int64_t r = 0; r < FEW; ++r) {
+    const int64_t count = std::min(FEW, s.length - i);
+    short_product(q + i * d, d, k, count, n, d, scores);
+    alignas(64) float top[FEW] = {}, total[FEW] = {};
+    for (int64_t r = 0; r < count; ++r) {
       for (const Input& table : {x.q, x.k, x.v}) prefetch_row(s, table, after<KIND>(s, item), i + r);
       float* row = scores + r * n;
       float least = -__builtin_huge_valf();
       if constexpr (KIND == BEST) {
-        if (i + r >= select.prefix && i + r < s.length) {
+        if (i + r >= select.prefix) {
           const int64_t patch = i + r - select.prefix;
           least = threshold(row + select.prefix, *select.quota, space);
           if (select.counts)
             select.counts[item * patches + patch] =
                 count_kept(row + select.prefix, codes, patches, least, codes[patch]);
         }
-        if (i + r < s.length) select.least[item * s.length + i + r] = least;
+        select.least[item * s.length + i + r] = least;
       }
       __m512 most = _mm512_set1_ps(-__builtin_huge_valf());
       for (int64_t j = 0; j < s.length; j += 16) {
@@ -211,8 +208,8 @@ void forward_head(const Shape& s, const Inputs& x, float scale, const Selection&
     }
     const __m512 logs = _mm512_add_ps(_mm512_load_ps(top), log2(_mm512_load_ps(total)));
     _mm512_mask_storeu_ps(sums + item * s.length + i, inside(s.length, i), logs);
-    short_product(p, n, v, d, n, mixed);
-    for (int64_t r = 0; r < std::min(FEW, s.length - i); ++r)
+    short_product(p, n, v, count, d, s.depth(), mixed);
+    for (int64_t r = 0; r < count; ++r)
       write_row(mixed + r * d, 1 / total[r], s.width, out.of(s, item) + (i + r) * out.row);
   }
 }
@@ -244,10 +241,11 @@ void backward_head(const Shape& s, const Input& grad, const Inputs& x, const flo
   [[maybe_unused]] float* for_bias = nullptr;
   if (KIND == BIASED && bias.grad)
     for_bias = bias.grad + (item / s.heads / IMAGES * s.heads + item % s.heads) * s.length * n;
-  for (int64_t i = 0; i < n; i += BLOCK) {
-    product(q + i * d, d, kt, n, BLOCK, n, d, p, n);
-    product(g + i * d, d, vt, n, BLOCK, n, d, dp, n);
-    for (int64_t r = 0; r < BLOCK; r += PAIR) {
+  for (int64_t i = 0; i < s.length; i += BLOCK) {
+    const int64_t count = std::min(BLOCK, s.depth() - i), lefts = up(count, LEFT_ROWS);
+    product(q + i * d, d, kt, n, lefts, n, d, p, n);
+    product(g + i * d, d, vt, n, lefts, n, d, dp, n);
+    for (int64_t r = 0; r < count; r += PAIR) {
       __m512 along[PAIR], sum[PAIR];
       for (int64_t t = 0; t < PAIR; ++t) {
         float *row = p + (r + t) * n, *slope = dp + (r + t) * n;
@@ -289,13 +287,13 @@ void backward_head(const Shape& s, const Input& grad, const Inputs& x, const flo
         _mm512_storeu_si512(ds_row + j * PAIR, paired(slope));
       }
     }
-    product(ds, n, kp, d, BLOCK, d, n, result, d);
+    product(ds, n, kp, d, lefts, d, s.depth(), result, d);
     for (int64_t r = 0; r < std::min(BLOCK, s.length - i); ++r)
       write_row(result + r * d, 1.0f, s.width, out.q.of(s, item) + (i + r) * out.q.row);
   }
-  product(qt, n, ds_pairs, n, d, n, n, result, n);
+  product(qt, n, ds_pairs, n, d, n, s.depth(), result, n);
   write_transposed(result, n, s.length, s.width, out.k.row, out.k.of(s, item));
-  product(gt, n, p_pairs, n, d, n, n, result, n);
+  product(gt, n, p_pairs, n, d, n, s.depth(), result, n);
   write_transposed(result, n, s.length, s.width, out.v.row, out.v.of(s, item));
 }
 

@@ -77,6 +77,14 @@ inline T rounded(float v) {
   return out;
 }
 
+// lanes[0] becomes both(...) of all N lanes, a power of two. N is known so that each halving is one vector operation.
+template <int N, class T, class Both>
+inline void fold(T* lanes, Both both) {
+#pragma omp simd
+  for (int j = 0; j < N / 2; ++j) lanes[j] = both(lanes[j], lanes[j + N / 2]);
+  if constexpr (N > 2) fold<N / 2>(lanes, both);
+}
+
 // Sum of term(i) over 0..n-1. 64 running sums: with one vector of them, each addition would wait for the one before.
 template <class Term>
 inline float reduce(int64_t n, Term term) {
@@ -89,19 +97,10 @@ inline float reduce(int64_t n, Term term) {
   for (; i + 16 <= n; i += 16)
 #pragma omp simd
     for (int j = 0; j < 16; ++j) lanes[j] += term(i + j);
-  float total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int j = 0; j < LANES; ++j) total += lanes[j];
+  fold<LANES>(lanes, [](float a, float b) { return a + b; });
+  float total = lanes[0];
   for (; i < n; ++i) total += term(i);
   return total;
-}
-
-// lanes[0] becomes better(...) of all N lanes, a power of two. N is known so that each halving is one vector operation.
-template <int N, class T, class Better>
-inline void fold(T* lanes, Better better) {
-#pragma omp simd
-  for (int j = 0; j < N / 2; ++j) lanes[j] = better(lanes[j], lanes[j + N / 2]);
-  if constexpr (N > 2) fold<N / 2>(lanes, better);
 }
 
 // The largest of n >= 1 floats; NaN are passed over.

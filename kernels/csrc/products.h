@@ -17,7 +17,8 @@ constexpr int64_t BLOCK = 32;  // rows and columns of one step of a product, and
 constexpr int64_t HALF = 16;   // rows of half a block: floats of a vector, rows of a tile
 constexpr int64_t PAIR = 2;    // values of one column that lie side by side in the right factor of a product
 
-inline int64_t blocks_up(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
+inline int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t blocks_up(int64_t n) { return up(n, BLOCK); }
 
 // The rows of a product whose sums fit the vector registers, 32 columns of them.
 constexpr int64_t ROWS = 8;
@@ -87,6 +88,24 @@ namespace fastmim {
 // The mask of the first n of 32 values; n may lie outside 0 .. 32.
 inline __mmask32 first32(int64_t n) {
   return static_cast<__mmask32>((uint64_t{1} << std::clamp<int64_t>(n, 0, BLOCK)) - 1);
+}
+
+// Writes the first `count` of 32 values, all if there are more. A store of all needs no mask, and with one takes some CPUs much
+// longer.
+inline void store32(__m512i x, int64_t count, bfloat16* out) {
+  if (count < BLOCK)
+    _mm512_mask_storeu_epi16(out, first32(count), x);
+  else
+    _mm512_storeu_si512(out, x);
+}
+
+// The same of 16 floats, rounded.
+inline void store_rounded(__m512 x, int64_t count, bfloat16* out) {
+  const auto half = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+  if (count < HALF)
+    _mm256_mask_storeu_epi16(out, static_cast<__mmask16>(first32(count)), half);
+  else
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), half);
 }
 
 // out (padded_rows, padded_width) = rows of x, `stride` values apart, and zeros around them.

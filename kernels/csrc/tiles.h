@@ -30,6 +30,9 @@ class Multiplier {
   Multiplier& operator=(const Multiplier&) = delete;
 };
 
+// What rows and depth of a product must be multiples of.
+constexpr int64_t LEFT_ROWS = BLOCK, DEPTHS = BLOCK;
+
 // c (m, n) = a (m, k) b (k, n); m, n, k multiples of 32. a by rows; b in pairs of rows: (k / 2, n, 2), of b_columns.
 inline void product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int64_t b_columns, int64_t m, int64_t n, int64_t k,
                     float* c, int64_t c_stride) {
@@ -62,8 +65,8 @@ inline void product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int6
   }
 }
 
-// c (16, n) = a (16, k) b (k, n); n, k multiples of 32. b in pairs of rows, as in `product`.
-inline void short_product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int64_t n, int64_t k, float* c) {
+// The first rows, or all, of c (16, n) = a (16, k) b (k, n); n, k multiples of 32. b in pairs of rows, as in `product`.
+inline void short_product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int64_t, int64_t n, int64_t k, float* c) {
   const size_t a_bytes = static_cast<size_t>(a_stride) * 2, b_bytes = static_cast<size_t>(n) * 4;
   for (int64_t j = 0; j < n; j += BLOCK) {
     _tile_zero(0);

@@ -29,7 +29,10 @@ inline void rows_product(const bfloat16* a, int64_t a_row, int64_t a_pair, const
   }
 }
 
-// c (m, n) = a (m, k) b (k, n); m, n, k multiples of 32. a by rows; b in pairs of rows: (k / 2, n, 2), of b_columns.
+// What rows and depth of a product must be multiples of.
+constexpr int64_t LEFT_ROWS = ROWS, DEPTHS = PAIR;
+
+// c (m, n) = a (m, k) b (k, n); m a multiple of 8, n of 32, k of 2. a by rows; b in pairs of rows: (k / 2, n, 2), of b_columns.
 inline void product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int64_t b_columns, int64_t m, int64_t n, int64_t k,
                     float* c, int64_t c_stride) {
   for (int64_t j = 0; j < n; j += BLOCK)
@@ -37,9 +40,9 @@ inline void product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int6
       rows_product(a + i * a_stride, a_stride, PAIR, b + j * PAIR, b_columns * PAIR, k, true, c + i * c_stride + j, c_stride);
 }
 
-// c (16, n) = a (16, k) b (k, n); n, k multiples of 32. b in pairs of rows, as in `product`.
-inline void short_product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int64_t n, int64_t k, float* c) {
-  product(a, a_stride, b, n, HALF, n, k, c, n);
+// The first `rows`, or more, of c (16, n) = a (16, k) b (k, n); n a multiple of 32, k of 2. b in pairs of rows, as in `product`.
+inline void short_product(const bfloat16* a, int64_t a_stride, const bfloat16* b, int64_t rows, int64_t n, int64_t k, float* c) {
+  product(a, a_stride, b, n, up(rows, LEFT_ROWS), n, k, c, n);
 }
 
 // The left factor of `accumulate` is laid out as the right one: any word of it can be had for all lanes.

@@ -211,6 +211,24 @@ def test_gelu_of_every_bfloat16_and_its_slope_are_rounded_once(backend):
         assert (ours.double() - expected).abs().le(1.02 * 2.0**-8 * expected.abs() + 1e-30).all()
 
 
+def test_gelu_of_a_number_does_not_depend_on_those_beside_it(backend):
+    """Nor on its place in a vector, or in the part of a thread: all numbers, rare ones among them, in several orders."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = torch.cat([x[x.isfinite()]] * 2)
+    grad = torch.linspace(-3, 3, len(x)).bfloat16()
+
+    def both(order):
+        leaf = x[order].requires_grad_()
+        y = bias_gelu(leaf)
+        y.backward(grad[order])
+        return torch.stack([y.detach(), leaf.grad]).view(torch.int16)
+
+    in_order = both(torch.arange(len(x)))
+    for count in (len(x), 77_777, 33):
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(count))[:count]
+        assert torch.equal(both(order), in_order[:, order])
+
+
 def test_gelu_of_what_is_no_number(backend):
     x = torch.tensor([torch.nan, torch.inf], dtype=torch.bfloat16, requires_grad=True)
     out = bias_gelu(x)
