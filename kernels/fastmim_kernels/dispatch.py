@@ -52,11 +52,15 @@ def load(op: str, backend: str) -> str:
     return ""
 
 
-@functools.cache
-def _missing(op: str, backend: str, device_type: str, is_interpreted: bool) -> str:
+def _missing(op: str, backend: str, device_type: str) -> str:
     """'' if ``op`` has a backend that computes on ``device_type``, else the reason why not."""
+    return _missing_when(op, backend, device_type, backend == "triton" and _is_interpreted())
+
+
+@functools.cache
+def _missing_when(op: str, backend: str, device_type: str, is_interpreted: bool) -> str:
     needed = DEVICES.get(backend, device_type)
-    if needed != device_type and not (backend == "triton" and is_interpreted):
+    if needed != device_type and not is_interpreted:
         return f"{backend} computes on {needed} tensors, and these are on {device_type}"
     return load(op, backend)
 
@@ -68,7 +72,7 @@ def _is_interpreted() -> bool:
 
 def available(op: str, device_type: str) -> list[str]:
     """The backends that can compute ``op`` on tensors of ``device_type``, the reference among them."""
-    return [backend for backend in FILES if not _missing(op, backend, device_type, _is_interpreted())]
+    return [backend for backend in FILES if not _missing(op, backend, device_type)]
 
 
 @torch.compiler.assume_constant_result
@@ -80,10 +84,10 @@ def backend_of(op: str, device_type: str) -> str:
     wanted = "reference" if op in _to_reference else os.environ.get(VARIABLE, "")
     if not wanted:
         preferred = next((backend for backend, device in DEVICES.items() if device == device_type), "reference")
-        wanted = "reference" if _missing(op, preferred, device_type, _is_interpreted()) else preferred
+        wanted = "reference" if _missing(op, preferred, device_type) else preferred
     if wanted not in FILES:
         raise RuntimeError(f"{VARIABLE}: expected one of {', '.join(FILES)}, got {wanted!r}; correct or unset it.")
-    reason = _missing(op, wanted, device_type, _is_interpreted())
+    reason = _missing(op, wanted, device_type)
     if reason:
         raise RuntimeError(
             f"{op}: backend {wanted!r} is forced by {VARIABLE}, but {reason}; unset {VARIABLE} or set it to reference."
@@ -138,9 +142,9 @@ def compiled_backend(op: str, device_type: str) -> str:
     Raises: NotImplementedError where there is none.
     """
     wanted = os.environ.get(VARIABLE, "")
-    if wanted not in DEVICES or _missing(op, wanted, device_type, _is_interpreted()):
+    if wanted not in DEVICES or _missing(op, wanted, device_type):
         wanted = next((backend for backend, device in DEVICES.items() if device == device_type), "native")
-    reason = _missing(op, wanted, device_type, _is_interpreted())
+    reason = _missing(op, wanted, device_type)
     if reason:
         raise NotImplementedError(
             f"{op}: expected a compiled kernel for {device_type} tensors, got none ({reason}); call the function of "

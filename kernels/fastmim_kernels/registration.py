@@ -36,7 +36,7 @@ def define(
     name = schema.partition("(")[0]
 
     def compute(*args: Any) -> Any:
-        device = next(_tensors(args)).device
+        device = (args[0] if isinstance(args[0], Tensor) else next(_tensors(args))).device
         function = getattr(dispatch.compiled(folder, device.type), name)
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return function(*args)

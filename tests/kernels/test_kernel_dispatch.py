@@ -31,7 +31,7 @@ def add_file(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
         modules[f"{folder}.{name}"] = sys.modules.pop(f"{folder}.{name}", None)
         dispatch.LOADED.clear()
-        dispatch._missing.cache_clear()
+        dispatch._missing_when.cache_clear()
 
     yield add
     for name, module in modules.items():
@@ -40,7 +40,7 @@ def add_file(tmp_path, monkeypatch):
             sys.modules[name] = module
     dispatch.LOADED.clear()
     dispatch.LOADED.update(loaded)
-    dispatch._missing.cache_clear()
+    dispatch._missing_when.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,7 @@ def test_dispatch_is_traced_by_compile_as_one_graph():
 
 def test_registered_ops_say_so_where_nothing_is_compiled(monkeypatch):
     """``fastmim::`` ops stand for compiled kernels; the functions fall back to torch."""
-    monkeypatch.setattr(dispatch, "_missing", lambda op, backend, device_type, is_interpreted: "it was not built")
+    monkeypatch.setattr(dispatch, "_missing", lambda op, backend, device_type: "it was not built")
     with pytest.raises(NotImplementedError, match=r"gather: expected a compiled kernel for cpu .*it was not built"):
         torch.ops.fastmim.gather_tokens(X, IDS)
     monkeypatch.setattr(dispatch, "backend_of", lambda op, device_type: "reference")

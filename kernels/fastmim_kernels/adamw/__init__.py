@@ -144,7 +144,8 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, targets, copies) -> None:
             if t is None:
                 continue
             what = f"{name}[{i}]"
-            check_tensor(what, t, "a tensor or None")
+            if name in ("targets", "copies"):
+                check_tensor(what, t, "a tensor or None")
             if t.shape != p.shape or t.device != p.device or p.device != params[0].device:
                 got = f"{tuple(t.shape)} on {t.device}"
                 raise fail(what, f"{tuple(p.shape)} on {params[0].device} like params[{i}]", got, "check the order")

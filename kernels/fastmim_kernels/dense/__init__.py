@@ -166,18 +166,14 @@ class Product(torch.autograd.Function):
     """The forward product, and gradients.
 
     `low` is the weight in the dtype of the product. It is kept for the backward pass, in which the parameter itself need
-    not be there (ZeRO-3).
+    not be there (ZeRO-3). No `setup_context`: torch then reads the signature anew in each call, 30 us. Transforms, which
+    ask for it, get the reference.
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
+        _keep(ctx, x, weight, bias, low)
         return _forward(x, low, bias)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        x, weight, bias, low = inputs
-        ctx.save_for_backward(x, low)
-        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx, grad):
@@ -192,7 +188,8 @@ class GeluProduct(Product):
     """The same of GELU of x."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> Tensor:
+        _keep(ctx, x, weight, bias, low)
         return _forward(BIAS_GELU(x, None), low, bias)
 
     @staticmethod
@@ -201,6 +198,11 @@ class GeluProduct(Product):
             refuse_second_derivative("gelu_linear")
         for_x, *others = GELU_BACKWARD(grad, *ctx.saved_tensors, ctx.needs_input_grad[2])
         return for_x, *_as_parameters(ctx, *others), None
+
+
+def _keep(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor) -> None:
+    ctx.save_for_backward(x, low)
+    ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
 
 
 def _as_parameters(ctx, for_weight: Tensor, for_bias: Tensor) -> tuple[Tensor, Tensor | None]:
