@@ -12,7 +12,8 @@ MOST_DRIFT = 0.03
 HEAD = """# Training steps
 
 Written by `fastmim bench step --json {name}`. Ways to take the same step, in turns; what they are is said at the head of
-`bench/bench_step.py`. On CPUs, times are process CPU time per thread. n: steps of each; ms: the median, and the 20 % and
+`bench/bench_step.py`. On CPUs, times are process CPU time per thread. n: turns of each, of a step, or where that is
+short of as many as take 0.2 s; ms of a step: the median, and the 20 % and
 80 % points; slower: that way's time over ours, the median of the rounds' ratios, at equal losses (loss error: the largest
 relative difference to ours before timing, over `checked` steps). MFU: FLOPs of the published algorithm over the machine's measured matrix products, and over its datasheet.
 A dash: void, because the ceilings moved by more than {drift:.0f} % during that run, or it was broken off before they were measured again.

@@ -61,6 +61,17 @@ def test_a_way_apart_is_the_way_here(bench):
     assert not multiprocessing.active_children()
 
 
+def test_a_turn_takes_as_many_short_steps_as_fill_it(bench, monkeypatch):
+    step, turns = bench("bench_step"), bench("turns")
+    here = turns.Here(bench("providers").Ours, step.make_case("simmim", "vit_pico", 32, 8, 2, "fp32"), 1)
+    times, taken = iter(range(1000)), []
+    monkeypatch.setattr(here.way, "step", lambda: taken.append(1))
+    monkeypatch.setattr(turns, "clock", lambda: 0.03 * next(times))
+    assert here.turn() == pytest.approx(0.03) and len(taken) == 7, "the first to pass 0.2 s is the last"
+    monkeypatch.setattr(turns, "LEAST_TURN_S", 0.0)
+    assert here.turn() == pytest.approx(0.03) and len(taken) == 8
+
+
 @pytest.mark.parametrize(
     "kind, error, message",
     [
