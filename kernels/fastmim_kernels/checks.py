@@ -121,7 +121,9 @@ def check_tensors(name: str, tensors: Sequence[Tensor], count: int) -> None:
 
 def check_written(name: str, tensor: Tensor) -> None:
     """``tensor``, which is updated in place, must have a place in memory for each of its values."""
-    if not tensor.is_contiguous() and any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride())):
+    if not tensor.is_contiguous() and any(
+        size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride())
+    ):
         raise fail(name, "values of their own to update", "a tensor made by expand()", "clone it first")
     if not torch.compiler.is_compiling() and tensor.is_neg():
         raise fail(name, "values to update", "a view that negates those in memory", "clone it first")
