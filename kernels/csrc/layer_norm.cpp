@@ -50,11 +50,13 @@ inline void add_branch(const X* x, const H* residual, const float* scale, float 
     sum_up(n, branch, after, sum);
 }
 
-// Of a row: unit, the normalized h, and slope, the gradient of what weight and bias were applied to. Both for_weight and
-// for_bias are added to. Returns the averages of slope, and of slope times unit.
+// Over a row, of slope and of slope times unit, see below.
 struct Averages {
   float plain, along;
 };
+
+// Of a row: unit, the normalized h, and slope, the gradient of what weight and bias were applied to. Both for_weight and
+// for_bias are added to.
 template <class X, class H>
 inline Averages before_normalization(const X* grad, const H* h, const float* stats, const float* weight, int64_t n, float* unit,
                                      float* slope, float* for_weight, float* for_bias) {
