@@ -14,7 +14,6 @@ namespace fastmim {
 
 constexpr int64_t FEW = HALF;  // queries at a time in the forward pass: their scores, and what they become, fit into level 1
 constexpr int64_t IMAGES = 16;  // whose gradients of the bias one thread sums: so any number of threads gives the same bits
-constexpr float LOG2_E = 1.44269504f;
 
 // The keys that a query attends to, and by what scores.
 enum Kind { ALL, BIASED, BEST };

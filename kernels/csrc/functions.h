@@ -12,12 +12,14 @@
 
 namespace fastmim {
 
+constexpr float LOG2_E = 1.44269504f;
+
 // exp(x) for x <= 1, at least exp(-87): 2^n exp(r), |r| <= ln(2) / 2. Relative error below 2e-7; NaN for NaN.
 // Source of the polynomial: Cephes expf.
 inline float exponential(float x) {
   constexpr float MAGIC = 0x1.8p23f;  // adding it rounds to an integer, which then stands in the low bits
   const float bounded = x < -87.0f ? -87.0f : x;
-  const float shifted = bounded * 1.44269504f + MAGIC, n = shifted - MAGIC;
+  const float shifted = bounded * LOG2_E + MAGIC, n = shifted - MAGIC;
   const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -55,7 +57,7 @@ inline __m512 log2(__m512 x) {
   y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(1.0f / 5));
   y = _mm512_fmadd_ps(y, square, _mm512_set1_ps(1.0f / 3));
   y = _mm512_fmadd_ps(y, square, one);
-  return _mm512_fmadd_ps(_mm512_mul_ps(y, s), _mm512_set1_ps(2 * 1.44269504f), whole);
+  return _mm512_fmadd_ps(_mm512_mul_ps(y, s), _mm512_set1_ps(2 * LOG2_E), whole);
 }
 #endif
 

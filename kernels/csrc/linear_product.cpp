@@ -52,7 +52,7 @@ void put_block(const bfloat16* left, int64_t count, const bfloat16* panel, int64
   for (int64_t r = 0; r < ROWS; ++r) {
     if (r < count) {
       const auto both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(sums.right[r], sums.left[r]));
-      store32(both, width, out + r * columns);
+      _mm512_mask_storeu_epi16(out + r * columns, inside, both);
     }
   }
 }

@@ -144,6 +144,7 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, targets, copies) -> None:
             if t is None:
                 continue
             what = f"{name}[{i}]"
+            # The others' lists were looked through above.
             if name in ("targets", "copies"):
                 check_tensor(what, t, "a tensor or None")
             if t.shape != p.shape or t.device != p.device or p.device != params[0].device:
