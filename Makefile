@@ -50,9 +50,13 @@ train: $(VENV)/.installed
 	@echo "== deepspeed fastmim/train.py --method cmae --preset demo --data $(DEMO)"
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/deepspeed fastmim/train.py --method cmae --preset demo --data $(DEMO)
 
+# The tests' own time limit is a signal that Python hears, and what waits in C does not. After this one, which is longer than
+# any test's own, all stacks are printed and the process ends; one more takes its place.
+HUNG := -o faulthandler_timeout=1000 -o faulthandler_exit_on_timeout=true --max-worker-restart 1
+
 test: $(VENV)/.dev
 	@echo "== pytest"
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q -n logical --dist loadfile
+	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -q -n logical --dist loadfile $(HUNG)
 
 bench: $(VENV)/.dev
 	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest bench -q -s

@@ -204,6 +204,7 @@ class Session:
                 directory.close()
         if trainer.static is not None:
             trainer.static.release()
+        self.engine.close()
         # Not after an error: the other ranks might never come to the farewell.
         dist.finish()
         return finished

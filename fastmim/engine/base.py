@@ -93,6 +93,10 @@ class Engine(Protocol):
         """Takes what `save` of any engine and world size gave; collective."""
         ...
 
+    def close(self) -> None:
+        """Ends the work with other processes; to be called before the process group is left, and nothing after it."""
+        ...
+
 
 # (file, name, tensor): the tensor is copied before the call returns, or before the device runs anything later.
 Put = Callable[[str, str, Tensor], None]

@@ -28,6 +28,15 @@ def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataPar
         )
 
 
+def part(parallel: DistributedDataParallel) -> None:
+    """Before the process group is left: ends the module's use of it, and any use of the module.
+
+    Whoever is last to give a group up waits for its threads. Python does so without its lock, torch's reducer with it,
+    for which these threads may wait, and nothing ever ends. Source: pytorch issue 56297.
+    """
+    del parallel.reducer, parallel.logger, parallel.process_group
+
+
 class DdpEngine(SingleEngine):
     """SingleEngine whose last micro-batch of a step averages the gradients over the ranks."""
 
@@ -58,6 +67,9 @@ class DdpEngine(SingleEngine):
     def discard(self) -> Tensor:
         self.micro_steps = 0
         return super().discard()
+
+    def close(self) -> None:
+        part(self.parallel)
 
 
 ENGINE = DdpEngine

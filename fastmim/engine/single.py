@@ -130,5 +130,8 @@ class SingleEngine:
             state["_growth_tracker"] = source.get(OPTIMIZER_FILE, "scaler.growth", zero.long()).item()
             self.scaler.load_state_dict(state)
 
+    def close(self) -> None:
+        """Nothing to end."""
+
 
 ENGINE = SingleEngine

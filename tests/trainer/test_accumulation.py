@@ -175,6 +175,7 @@ def record_two_ranks(folder: str) -> None:
             engine.step = recorded
             config = TrainConfig(batch_size=IMAGES, accumulate=2, steps=1)
             results[name, kind, stage] = take_step(engine, share, config), gradients
+            engine.close()
     if dist.is_main():
         torch.save(results, f"{folder}/results.pt")
     dist.finish()

@@ -120,12 +120,14 @@ def save_all_load_all(folder: str) -> None:
             engine.backward(out.loss)
             engine.step(pairs, 0.9)
         save(engine, root / name)
+        engine.close()
     for to in names:
         engine = build(to)
         for came_from in names:
             with stored(root / came_from, DEVICE) as source:
                 engine.load(source)
             save(engine, root / f"{came_from} to {to}")
+        engine.close()
     dist.finish()
 
 

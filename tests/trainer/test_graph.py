@@ -161,6 +161,8 @@ def test_ddp_on_tensors_that_stay_in_place(process_group):
     assert static.engine.discard() > 0
     assert all(parameter.grad is None for parameter in static.engine.parameters)
     assert_equal(static.steps(STEPS - 1), plain.steps())
+    for run in (plain, static):
+        run.engine.close()
 
 
 def spoil(run: Run, monkeypatch, *steps: int) -> None:
