@@ -1,7 +1,7 @@
 // GELU of bfloat16, and its gradient, looked up: there are 65,536 numbers of that type. Results are rounded once; a GELU takes
 // less than half of the time that a polynomial takes. Not on the CPUs that multiply bfloat16 by vectors alone, most of them AMD's,
-// which are slow to gather: they compute all but rare numbers, which takes half of the time there. The GELU is the same, but for
-// 0 instead of what is below 1.2e-38; slopes are off by 2e-5 of themselves at most.
+// which are slow to gather: they compute it, which takes half of the time there. The GELU is the same, but for 0 instead of
+// what is below 1.2e-38; slopes are off by 2e-5 of themselves at most.
 #include <cmath>
 
 #include "functions.h"
@@ -14,6 +14,42 @@ namespace fastmim {
 namespace {
 
 constexpr int64_t GRAIN = 32768;  // values per worker: below, a second thread costs more than it saves
+
+#ifdef FASTMIM_COMPUTES_GELU
+constexpr int64_t PIECES = 16;  // as many as a register holds
+constexpr float MOST = 13.19f;  // above, Phi(-u) is nothing beside 1, and u Phi(-u) less than any normal number
+
+// Of u = |x| <= MOST, as Phi(-u) is 2^p(u), and Phi(-u) - u phi(u) is Phi(-u) g(u): p and g, by powers of the distance from the
+// whole number next to u.
+struct Tables {
+  alignas(64) float exponents[5][PIECES];
+  alignas(64) float factors[6][PIECES];
+
+  Tables() {
+    const auto below = [](double u) { return 0.5 * std::erfc(u * 0.70710678118654752); };
+    interpolate([&](double u) { return std::log2(below(u)); }, exponents);
+    interpolate([&](double u) { return 1 - u * 0.39894228040143268 * std::exp(-u * u / 2) / below(u); }, factors);
+  }
+
+ private:
+  // Newton's interpolation at Chebyshev's points.
+  template <class F, int N>
+  static void interpolate(F&& f, float (&powers)[N][PIECES]) {
+    for (int64_t piece = 0; piece < PIECES; ++piece) {
+      double at[N], c[N];
+      for (int i = 0; i < N; ++i) {
+        at[i] = 0.5 * std::cos(3.14159265358979324 * (i + 0.5) / N);
+        c[i] = f(static_cast<double>(piece) + at[i]);
+      }
+      for (int j = 1; j < N; ++j)
+        for (int i = N - 1; i >= j; --i) c[i] = (c[i] - c[i - 1]) / (at[i] - at[i - j]);
+      for (int j = N - 2; j >= 0; --j)
+        for (int i = j; i < N - 1; ++i) c[i] -= at[j] * c[i + 1];
+      for (int i = 0; i < N; ++i) powers[i][piece] = static_cast<float>(c[i]);
+    }
+  }
+};
+#else
 constexpr int64_t NUMBERS = 65536;
 
 struct Tables {
@@ -29,6 +65,7 @@ struct Tables {
     values[NUMBERS] = values[0];
   }
 };
+#endif
 
 // Filled in at the first call, which takes some milliseconds.
 const Tables& tables() {
@@ -62,81 +99,57 @@ inline __m256i rounded(__m512 x) {
   return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), is_nan, _mm512_set1_epi32(0x7FC0)));
 }
 
+// Of 16 numbers, each by itself: the result does not depend on which are beside it.
 #ifdef FASTMIM_COMPUTES_GELU
-// factors[0] + factors[1] u + ... + factors[10] u^10, in pairs and pairs of pairs (Estrin's scheme): one by one, each step
-// would wait for the one before.
-inline __m512 polynomial(__m512 u, const float (&factors)[11]) {
-  const auto pair = [&](size_t i) { return _mm512_fmadd_ps(u, _mm512_set1_ps(factors[i + 1]), _mm512_set1_ps(factors[i])); };
-  const __m512 u2 = _mm512_mul_ps(u, u), u4 = _mm512_mul_ps(u2, u2), u8 = _mm512_mul_ps(u4, u4);
-  const __m512 low = _mm512_fmadd_ps(u2, pair(2), pair(0)), middle = _mm512_fmadd_ps(u2, pair(6), pair(4));
-  const __m512 high = _mm512_fmadd_ps(u2, _mm512_set1_ps(factors[10]), pair(8));
-  return _mm512_fmadd_ps(u8, high, _mm512_fmadd_ps(u4, middle, low));
-}
-
-// GELU of x, and its slope, from u = |x|, at most 6: Phi(-u) is 2^p(u), and Phi(-u) - u phi(u) is Phi(-u) g(u), of polynomials
-// with the least maximal error (own fit, by reweighted least squares): 4e-7 of p; 2e-5 of g, relative. Above 6 Phi(-6), 1e-9,
-// stands for Phi(-u): nothing beside 1.
-struct Computed {
-  static constexpr float EXPONENT[] = {-1.0f, -1.151114583015442f, -0.4591355621814728f, -0.052680399268865585f,
-                                       0.0072708772495388985f, -0.00024451399804092944f, -0.00016987908747978508f,
-                                       4.650660412153229e-05f, -6.10370034337393e-06f, 4.270432043540495e-07f,
-                                       -1.27137198546734e-08f};
-  static constexpr float FACTOR[] = {1.0f, -0.7978883981704712f, -0.6365696787834167f, -0.10922786593437195f,
-                                     0.019588811323046684f, -0.0003228626446798444f, -0.0009794407524168491f,
-                                     0.00030904440791346133f, -4.8641522880643606e-05f, 4.072386673215078e-06f,
-                                     -1.4367601863796153e-07f};
-  __m512 x, u, below;
-  // Below -6 nothing stands for Phi(x); and NaN.
-  __mmask16 is_rare;
-
-  explicit Computed(__m512i number)
-      : x(widened(number)),
-        u(_mm512_min_ps(_mm512_abs_ps(x), _mm512_set1_ps(6.0f))),
-        below(exp2(polynomial(u, EXPONENT))),
-        is_rare(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-6.0f), _CMP_NGE_UQ)) {}
+class Gelu {
+ public:
+  Gelu(const Tables& tables, __m512i number) : tables_(tables), x_(widened(number)) {
+    // Of a NaN and a number these instructions give the second.
+    u_ = _mm512_min_ps(_mm512_set1_ps(MOST), _mm512_abs_ps(x_));
+    piece_ = _mm512_cvtps_epi32(u_);
+    t_ = _mm512_reduce_ps(u_, _MM_FROUND_TO_NEAREST_INT);
+    below_ = exp2(polynomial(tables_.exponents));
+  }
   __m256i value() const {
-    const __m512 y = _mm512_fnmadd_ps(u, below, _mm512_max_ps(x, _mm512_setzero_ps()));
+    const __m512 y = _mm512_fnmadd_ps(u_, below_, _mm512_max_ps(_mm512_setzero_ps(), x_));
     return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(y));
   }
   __m512 slope() const {
-    const __m512 falling = _mm512_mul_ps(below, polynomial(u, FACTOR));
-    const __mmask16 is_above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    const __m512 falling = _mm512_mul_ps(below_, polynomial(tables_.factors));
+    const __mmask16 is_above = _mm512_cmp_ps_mask(x_, _mm512_setzero_ps(), _CMP_GT_OQ);
     return _mm512_mask_sub_ps(falling, is_above, _mm512_set1_ps(1.0f), falling);
   }
-};
-#endif
-
-// Of 16 numbers, each by itself: the result does not depend on which are beside it.
-class Gelu {
- public:
-  Gelu(const Tables& tables, __m512i number) : tables_(tables), number_(number) {}
-#ifdef FASTMIM_COMPUTES_GELU
-  __m256i value() const {
-    const __m256i found = computed_.value();
-    if (!computed_.is_rare) [[likely]] return found;
-    return _mm256_mask_mov_epi16(found, computed_.is_rare, looked_up());
-  }
-  __m512 slope() const {
-    const __m512 found = computed_.slope();
-    if (!computed_.is_rare) [[likely]] return found;
-    return _mm512_mask_i32gather_ps(found, computed_.is_rare, number_, tables_.slopes, sizeof(float));
-  }
-#else
-  __m256i value() const { return looked_up(); }
-  __m512 slope() const { return _mm512_i32gather_ps(number_, tables_.slopes, sizeof(float)); }
-#endif
 
  private:
-  __m256i looked_up() const {
-    return _mm512_cvtepi32_epi16(_mm512_i32gather_epi32(number_, tables_.values, sizeof(bfloat16)));
+  // In pairs (Estrin's scheme): one power after the other, each step would wait for the one before.
+  template <int N>
+  __m512 polynomial(const float (&powers)[N][PIECES]) const {
+    const auto factor = [&](int i) { return _mm512_permutexvar_ps(piece_, _mm512_load_ps(powers[i])); };
+    const auto pair = [&](int i) { return i + 1 < N ? _mm512_fmadd_ps(t_, factor(i + 1), factor(i)) : factor(i); };
+    const __m512 square = _mm512_mul_ps(t_, t_);
+    __m512 y = pair((N - 1) / 2 * 2);
+    for (int i = (N - 1) / 2 * 2 - 2; i >= 0; i -= 2) y = _mm512_fmadd_ps(square, y, pair(i));
+    return y;
   }
 
   const Tables& tables_;
-  __m512i number_;
-#ifdef FASTMIM_COMPUTES_GELU
-  Computed computed_{number_};
-#endif
+  __m512 x_, u_, t_, below_;
+  __m512i piece_;
 };
+#else
+class Gelu {
+ public:
+  Gelu(const Tables& tables, __m512i number) : tables_(tables), number_(number) {}
+  __m256i value() const {
+    return _mm512_cvtepi32_epi16(_mm512_i32gather_epi32(number_, tables_.values, sizeof(bfloat16)));
+  }
+  __m512 slope() const { return _mm512_i32gather_ps(number_, tables_.slopes, sizeof(float)); }
+
+ private:
+  const Tables& tables_;
+  __m512i number_;
+};
+#endif
 
 // body(i, n): n values from i on, 16 but for the last.
 template <class Body>
