@@ -78,6 +78,8 @@ def bench_engines(results, told):
         print(f"  {r['engine']:<14} {r['ms']:7.0f} ms of processor time per step, {r['ratio']:.3f} of single")
     told(times[SINGLE], {name: statistics.median(seconds) for name, seconds in times.items()})
     tell_saving(variants[SINGLE], statistics.median(times[SINGLE]))
+    for variant in variants.values():
+        variant.engine.close()
     dist.finish()
     taken = {engines.choose("zero", stage, 1, 0, None)[:2] for stage in range(4)}
     assert taken == {("zero", 0)}, "the bar is that of what runs"

@@ -28,7 +28,7 @@ def data_parallel(module: nn.Module, device: torch.device) -> DistributedDataPar
         )
 
 
-def part(parallel: DistributedDataParallel) -> None:
+def release_group(parallel: DistributedDataParallel) -> None:
     """Before the process group is left: ends the module's use of it, and any use of the module.
 
     Whoever is last to give a group up waits for its threads. Python does so without its lock, torch's reducer with it,
@@ -69,7 +69,7 @@ class DdpEngine(SingleEngine):
         return super().discard()
 
     def close(self) -> None:
-        part(self.parallel)
+        release_group(self.parallel)
 
 
 ENGINE = DdpEngine

@@ -21,7 +21,7 @@ from fastmim.contrast import Representations, Rest
 from fastmim.dist import is_main, rank, start, world_size
 from fastmim.ema import EmaPair
 from fastmim.engine.base import MODEL_FILE, OPTIMIZER_FILE, EngineSpec, Precise, Put, Source, StepInfo
-from fastmim.engine.ddp import data_parallel, part
+from fastmim.engine.ddp import data_parallel, release_group
 from fastmim.optim import MOMENTS, adamw, clip_gradients
 
 
@@ -204,7 +204,7 @@ class ZeroEngine:
 
     def close(self) -> None:
         if self.has_ddp:
-            part(self.model)
+            release_group(self.model)
 
     # -- state: by parameter name, the same files as SingleEngine's, whatever the stage and the world -----------
 

@@ -67,7 +67,7 @@ struct Tables {
 };
 #endif
 
-// Filled in at the first call, which takes some milliseconds.
+// Filled in at the first call; all numbers take some milliseconds.
 const Tables& tables() {
   static const Tables found;
   return found;
@@ -107,7 +107,7 @@ class Gelu {
     // Of a NaN and a number these instructions give the second.
     u_ = _mm512_min_ps(_mm512_set1_ps(MOST), _mm512_abs_ps(x_));
     piece_ = _mm512_cvtps_epi32(u_);
-    t_ = _mm512_reduce_ps(u_, _MM_FROUND_TO_NEAREST_INT);
+    distance_ = _mm512_reduce_ps(u_, _MM_FROUND_TO_NEAREST_INT);
     below_ = exp2(polynomial(tables_.exponents));
   }
   __m256i value() const {
@@ -125,15 +125,15 @@ class Gelu {
   template <int N>
   __m512 polynomial(const float (&powers)[N][PIECES]) const {
     const auto factor = [&](int i) { return _mm512_permutexvar_ps(piece_, _mm512_load_ps(powers[i])); };
-    const auto pair = [&](int i) { return i + 1 < N ? _mm512_fmadd_ps(t_, factor(i + 1), factor(i)) : factor(i); };
-    const __m512 square = _mm512_mul_ps(t_, t_);
+    const auto pair = [&](int i) { return i + 1 < N ? _mm512_fmadd_ps(distance_, factor(i + 1), factor(i)) : factor(i); };
+    const __m512 square = _mm512_mul_ps(distance_, distance_);
     __m512 y = pair((N - 1) / 2 * 2);
     for (int i = (N - 1) / 2 * 2 - 2; i >= 0; i -= 2) y = _mm512_fmadd_ps(square, y, pair(i));
     return y;
   }
 
   const Tables& tables_;
-  __m512 x_, u_, t_, below_;
+  __m512 x_, u_, distance_, below_;
   __m512i piece_;
 };
 #else

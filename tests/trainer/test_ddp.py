@@ -11,7 +11,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 from trainer_run import TINY
 
-from fastmim.engine.ddp import data_parallel, part
+from fastmim.engine.ddp import data_parallel, release_group
 
 
 def join_alone(store: Path) -> None:
@@ -30,7 +30,7 @@ def test_nothing_keeps_a_group_that_is_left(tmp_path):
     try:
         parallel = wrapped()
         group, reducer = weakref.ref(parallel.process_group), weakref.ref(parallel.reducer)
-        part(parallel)
+        release_group(parallel)
         assert reducer() is None and group() is not None
     finally:
         distributed.destroy_process_group()
@@ -47,7 +47,7 @@ def come_and_go(times: str) -> None:
 def come_and_go_once(store: Path) -> None:
     join_alone(store)
     parallel = wrapped()
-    part(parallel)
+    release_group(parallel)
     distributed.destroy_process_group()
 
 

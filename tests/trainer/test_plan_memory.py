@@ -11,7 +11,7 @@ from fastmim import roofline
 from fastmim.arguments import parse_train
 from fastmim.config import SIZES
 from fastmim.engine import base as engines
-from fastmim.engine.ddp import data_parallel, part
+from fastmim.engine.ddp import data_parallel, release_group
 from fastmim.memory import StepMemory, trace_step
 from fastmim.methods import base as methods
 from fastmim.roofline import Load
@@ -161,7 +161,7 @@ def test_ddp_accumulates_outside_of_its_buckets(tmp_path):
                 sizes.append(parallel.module.weight.grad.untyped_storage().nbytes())
             assert sizes == [4 * 64, 4 * 72]
             parallel.module.zero_grad(set_to_none=True)
-        part(parallel)
+        release_group(parallel)
     finally:
         torch.distributed.destroy_process_group()
 
