@@ -261,5 +261,6 @@ def random_drop_path(rng: Tensor, ids: Tensor, peak: float, *depths: int) -> lis
     """
     rate = torch.cat([torch.linspace(0, peak, depth, device=ids.device) for depth in depths]).repeat_interleave(2)
     survives = uniform(rng, ids, Stream.DROP_PATH, len(rate)) >= rate
-    factors = (survives / (1 - rate)).view(len(ids), -1, 2)
+    # Factors of one branch lie side by side: kernels take them without a copy.
+    factors = (survives / (1 - rate)).T.contiguous().view(-1, 2, len(ids)).permute(2, 0, 1)
     return list(factors.split(list(depths), dim=1))

@@ -22,6 +22,7 @@ from slow_reference import (
 )
 from slow_simmim import IDS, SHAPES, build, slow_drops, slow_encode, slow_loss
 
+from fastmim.blocks import random_drop_path
 from fastmim.config import SIZES, Size, TrainConfig
 from fastmim.export import load_encoder, write_encoder
 from fastmim.methods import base, simmim
@@ -140,6 +141,15 @@ def test_simmim_without_absolute_position_and_bias_is_blind_to_places(small):
 
 
 # ---- stochastic depth, side effects, repetition
+
+
+def test_factors_of_a_branch_lie_side_by_side():
+    """Kernels read them as they are, where they once copied 2 for each block, and 2 more in the backward pass."""
+    rng, ids = make_rng(), torch.arange(5)
+    drops = random_drop_path(rng, ids, 0.5, 3, 1)
+    assert [tuple(d.shape) for d in drops] == [(5, 3, 2), (5, 1, 2)]
+    assert all(branch.is_contiguous() for d in drops for i in range(d.shape[1]) for branch in d[:, i].unbind(1))
+    torch.testing.assert_close(drops[0], torch.tensor(slow_drops(rng, ids, 0.5, 3)))
 
 
 def test_simmim_forward_has_no_side_effects_and_repeats_bit_for_bit(small):
