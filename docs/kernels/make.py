@@ -174,8 +174,9 @@ def body(text: str) -> list[str]:
 
 
 def registered(module) -> list[str]:
-    ops = [v for v in vars(module).values() if isinstance(v, torch._ops.OpOverloadPacket)]
-    return sorted({op._qualified_op_name.partition("::")[2] for op in ops})
+    values = [inspect.unwrap(v) for v in vars(module).values() if callable(v)]
+    ops = {v._qualified_op_name for v in values if isinstance(v, torch._ops.OpOverloadPacket)}
+    return sorted(op.partition("::")[2] for op in ops)
 
 
 def speed(functions: set[str]) -> list[str]:
