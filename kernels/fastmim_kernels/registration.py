@@ -93,7 +93,7 @@ LISTENERS = (
     torch._C._get_tracing_state,
 )
 TENSORS = {Tensor, torch.nn.Parameter}
-# Of subclasses, also of numbers, nothing is known.
+# No more: a subclass, of a number too, may stand for anything.
 OTHERS = {type(None), bool, int, float, list, tuple, torch.dtype}
 
 
